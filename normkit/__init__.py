@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused residual normalisation for NumPy, PyTorch and JAX: one meaning, one choice of implementation, one set of kernels."""
+
+from .checkpoint import MappingWeights, SafetensorsWeights, Weights
+from .errors import (
+    CheckpointError,
+    DeviceError,
+    DtypeError,
+    MissingTensorError,
+    NormkitError,
+    OptionError,
+    ShapeError,
+    UnsupportedError,
+)
+from .functional import add_layer_norm, add_rms_norm, explain, layer_norm, rms_norm
+from .registry import Verdict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DeviceError",
+    "DtypeError",
+    "MappingWeights",
+    "MissingTensorError",
+    "NormkitError",
+    "OptionError",
+    "SafetensorsWeights",
+    "ShapeError",
+    "UnsupportedError",
+    "Verdict",
+    "Weights",
+    "add_layer_norm",
+    "add_rms_norm",
+    "explain",
+    "layer_norm",
+    "rms_norm",
+]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of a public function, as every front end handles it: from arguments to Problem, from Forward to result."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .arrays import Array, dtype_name
+from .errors import OptionError
+from .interface import Forward
+from .spec import NormSpec, Operand, Problem, describe
+
+FUNCTIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "add_rms_norm_", "add_layer_norm_")
+
+
+class Call(NamedTuple):
+    """The arguments of one call; `function` is one of FUNCTIONS, the others are documented at `normkit.add_rms_norm`."""
+
+    function: str
+    x: Array
+    residual: Array | None
+    weight: Array | None
+    bias: Array | None
+    eps: float
+    weight_offset: float
+    rounding: str | None
+    residual_dtype: object
+    out_dtype: object
+    implementation: str | None
+
+    @property
+    def kind(self) -> str:
+        """The kind of norm, as NormSpec has it."""
+        return "rms" if "rms" in self.function else "layer"
+
+    @property
+    def returns_residual(self) -> bool:
+        """Whether the function hands on the residual stream."""
+        return self.function.startswith("add_")
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays given, by name; x is always there."""
+        names = ("x", "residual", "weight", "bias")
+        return {name: getattr(self, name) for name in names if name == "x" or getattr(self, name) is not None}
+
+    def with_arrays(self, function: Callable[[str, Array], Array]) -> Call:
+        """Return the call with function(name, array) in place of each array given."""
+        arrays: dict[str, Any] = {name: function(name, array) for name, array in self.arrays.items()}
+        return self._replace(**arrays)
+
+    def problem(self, operand: Callable[[Array], Operand], **facts: Any) -> Problem:
+        """Validate the call and describe it.
+
+        Args:
+            operand: gives an array's shape, dtype name and device.
+            **facts: what the front end knows besides: platform, arch, layout, needs_grad.
+        """
+        return describe(
+            NormSpec(self.kind, self.eps, self.weight_offset, self.rounding),
+            operand(self.x),
+            *(array if array is None else operand(array) for array in (self.residual, self.weight, self.bias)),
+            returns_residual=self.returns_residual,
+            residual_dtype=None if self.residual_dtype is None else dtype_name(self.residual_dtype),
+            out_dtype=None if self.out_dtype is None else dtype_name(self.out_dtype),
+            in_place=self.function.endswith("_"),
+            **facts,
+        )
+
+    def result(self, forward: Forward) -> Any:
+        """Return what the function returns: y, or y and residual_out, which is x itself where nothing else was computed."""
+        if not self.returns_residual:
+            return forward.y
+        return forward.y, self.x if forward.residual_out is None else forward.residual_out
+
+
+def bind(functions: Mapping[str, Callable[..., Any]], function: str, *arrays: Array | None, **options: Any) -> Call:
+    """Return the Call that `functions[function](*arrays, **options)` makes, defaults filled in; for `explain`.
+
+    Raises:
+        OptionError: there is no such function.
+    """
+    if function not in FUNCTIONS or function not in functions:
+        known = ", ".join(repr(name) for name in FUNCTIONS if name in functions)
+        raise OptionError(f"function={function!r} is not one of {known}")
+    bound = inspect.signature(functions[function]).bind(*arrays, **options)
+    bound.apply_defaults()
+    return Call(function, *(bound.arguments.get(name) for name in Call._fields[1:]))  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an implementation is: a module with these functions, over the arrays of its framework."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from .arrays import Array
+from .spec import Problem
+
+
+class Rejected(NamedTuple):
+    """An implementation's answer to a problem it cannot compute."""
+
+    reason: str
+
+
+class Forward(NamedTuple):
+    """Result of a forward call.
+
+    Attributes:
+        y: the normalised rows, of problem.shape and problem.out_dtype.
+        residual_out: of problem.residual_out_dtype; None where that is None.
+        mean: one value per row, of shape problem.shape[:-1] and the compute dtype; only for LayerNorm, and where needed.
+        rstd: the same, for 1 / sqrt(mean((h - mean)^2) + eps).
+    """
+
+    y: Array
+    residual_out: Array | None
+    mean: Array | None
+    rstd: Array | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward call is to compute. dresidual is wanted only where its dtype is not that of dx."""
+
+    dx: bool
+    dresidual: bool
+    dweight: bool
+    dbias: bool
+
+    @classmethod
+    def by(cls, problem: Problem, x: bool = True, residual: bool = True, weight: bool = True, bias: bool = True) -> Wanted:
+        """Return what to compute when these operands ask for a gradient: one dh serves x and a residual of x's dtype."""
+        residual = residual and problem.residual_dtype is not None
+        same = problem.residual_dtype == problem.x_dtype
+        return cls(
+            dx=x or (residual and same),
+            dresidual=residual and not same,
+            dweight=weight and problem.weight_dtype is not None,
+            dbias=bias and problem.bias_dtype is not None,
+        )
+
+
+class Gradients(NamedTuple):
+    """Result of a backward call, each in the dtype of what it is the gradient of; None where not wanted."""
+
+    dx: Array | None
+    dresidual: Array | None
+    dweight: Array | None
+    dbias: Array | None
+
+    def by_operand(self, problem: Problem) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+        """Return the gradients of x, residual, weight and bias; those of x and residual are one array if of one dtype."""
+        same = problem.residual_dtype == problem.x_dtype
+        return self.dx, self.dx if same else self.dresidual, self.dweight, self.dbias
+
+
+class Kernels(Protocol):
+    """The functions that an implementation's module offers. `forward_` is there only if it can compute in place."""
+
+    def supports(self, problem: Problem) -> Rejected | None:
+        """Say why this problem cannot be computed, or None if it can. Imports nothing heavy, touches no device."""
+
+    def forward(self, problem: Problem, x: Array, residual: Array | None, weight: Array | None, bias: Array | None) -> Forward:
+        """Compute y, residual_out and the statistics; inputs stay as they are."""
+
+    def backward(
+        self,
+        problem: Problem,
+        wanted: Wanted,
+        dy: Array,
+        dresidual_out: Array | None,
+        h: Array,
+        weight: Array | None,
+        mean: Array | None,
+        rstd: Array | None,
+    ) -> Gradients:
+        """Compute the gradients from the h that the caller got (residual_out, or x) and the forward's statistics."""
+
+    def forward_(self, problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:
+        """Write y into x and residual_out into residual."""

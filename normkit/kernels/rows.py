@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels share: where a row starts, its statistics, and the weight.
+
+Every value is converted to float32 as soon as it is loaded: arithmetic in bfloat16 loses accuracy on all hardware.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_start(row, inner_rows, outer, inner, HIDDEN: tl.constexpr, CONTIGUOUS: tl.constexpr):
+    """Return the offset of the first element of each row, in elements; row is int64, so large arrays do not overflow."""
+    if CONTIGUOUS:
+        # from a constant the compiler sees the alignment of every row, also where HIDDEN is no multiple of 16
+        return row * HIDDEN
+    return (row // inner_rows) * outer + (row % inner_rows) * inner
+
+
+@triton.jit
+def load_h(x_ptr, residual_ptr, x_offset, residual_offset, mask):
+    """Return x + residual in float32."""
+    h = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        h += tl.load(residual_ptr + residual_offset, mask=mask, other=0.0).to(tl.float32)
+    return h
+
+
+@triton.jit
+def store_h(h, residual_out_ptr, offset, mask, ROUNDING: tl.constexpr):
+    """Store residual_out where there is one, and return the h that is to be normalised."""
+    if residual_out_ptr is not None:
+        stored = h.to(residual_out_ptr.dtype.element_ty)
+        tl.store(residual_out_ptr + offset, stored, mask=mask)
+        if ROUNDING != "sum":
+            h = stored.to(tl.float32)
+    return h
+
+
+@triton.jit
+def round_h(h, residual_out_ptr, ROUNDING: tl.constexpr):
+    """Return the h that is to be normalised, without storing it."""
+    if residual_out_ptr is not None:
+        h = h if ROUNDING == "sum" else h.to(residual_out_ptr.dtype.element_ty).to(tl.float32)
+    return h
+
+
+@triton.jit
+def load_weight(weight_ptr, weight_offset, column, mask):
+    """Return weight_offset + weight in float32."""
+    return weight_offset + tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def weighted(x_hat, x_ptr, weight_ptr, bias_ptr, weight_offset, column, mask, ROUNDING: tl.constexpr):
+    """Return x_hat (weight_offset + weight) + bias in float32."""
+    if ROUNDING == "hf":
+        x_hat = x_hat.to(x_ptr.dtype.element_ty).to(tl.float32)
+    if weight_ptr is not None:
+        x_hat = x_hat * load_weight(weight_ptr, weight_offset, column, mask)
+    if bias_ptr is not None:
+        x_hat = x_hat + tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    return x_hat

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a problem is laid out on a GPU: which kernels, which blocks, how many warps. Pure functions of plain data.
+
+Nothing but the grid depends on the number of rows, and nothing at all on the number of multiprocessors: a row's bits are the
+same alone and in any batch, on any device of one architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .interface import Rejected, Wanted
+from .spec import Problem
+
+# A block of about this many elements gives every thread of a program work enough to hide the latency of memory.
+TILE_ELEMENTS = 2048
+MAX_THREADS = 1024
+# The longest rows that a program can hold in registers without spilling on any of sm_80, sm_90, sm_100, gfx942 and gfx950
+# (found by compiling; tests/ahead_of_time keeps it so). The forward holds h; the backward dy, x_hat and two sums.
+FORWARD_LONGEST_ROW = 32768
+BACKWARD_LONGEST_ROW = 8192
+# Longer rows are read in blocks of this many elements: two programs then share a multiprocessor, so that one reads while the
+# other reduces.
+LONG_ROW_BLOCK = 8192
+# Parts that the rows are dealt to in the backward pass: enough for every multiprocessor of any GPU to have several, few
+# enough that the partial sums are small beside the rows themselves.
+MAX_PARTS = 512
+# Columns that one program sums in `backward_columns`, and the tile of `sum_partials`.
+COLUMNS = 256
+PARTIALS_TILE = (16, 128)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the kernel's name in `normkit.kernels`.
+        grid: number of programs along each axis.
+        constants: its tl.constexpr arguments.
+        num_warps: warps per program.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    constants: dict[str, int | str | bool]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """The steps of a backward pass, and the parts that the rows are dealt to.
+
+    Attributes:
+        parts: number of partial sums of dweight and dbias.
+        rows_per_program: rows in each part but the last, which may have fewer.
+        steps: the launches that compute dx, dresidual and the partial sums, in order.
+        total: the launch that adds up the partial sums; once for dweight, once for dbias.
+    """
+
+    parts: int
+    rows_per_program: int
+    steps: tuple[Step, ...]
+    total: Step
+
+
+def supports(problem: Problem) -> Rejected | None:
+    """Say whether the Triton kernels can compute a problem, on a platform that has Triton."""
+    if "float64" in (*problem.dtypes, problem.out_dtype, problem.residual_out_dtype):
+        return Rejected("the Triton kernels compute in float32, which is not enough for float64")
+    if problem.hidden_size >= 2**31:
+        return Rejected(f"the Triton kernels index a row with 32 bits, and hidden_size is {problem.hidden_size}")
+    if problem.in_place and problem.layout == "strided":
+        return Rejected("in place, the Triton kernels need unit stride along the row")
+    return None
+
+
+def forward_plan(problem: Problem) -> Step:
+    """Plan the forward pass.
+
+    Example:
+        >>> from normkit.spec import NormSpec, Operand, describe
+        >>> step = forward_plan(describe(NormSpec("rms"), Operand((64, 4096), "bfloat16")))
+        >>> step.kernel, step.grid, step.constants["BLOCK_N"], step.num_warps
+        ('forward_rows', (64,), 4096, 8)
+    """
+    constants: dict[str, int | str | bool] = {
+        "HIDDEN": problem.hidden_size,
+        "SUBTRACT_MEAN": problem.spec.subtract_mean,
+        "ROUNDING": problem.spec.rounding or "sum",
+        "CONTIGUOUS": problem.layout == "contiguous",
+        "IN_PLACE": problem.in_place,
+    }
+    block = _block(problem, FORWARD_LONGEST_ROW)
+    if block.whole_rows:
+        constants |= {"BLOCK_M": block.rows, "BLOCK_N": block.columns}
+        return Step("forward_rows", (_ceil(problem.rows, block.rows),), constants, block.num_warps)
+    return Step("forward_long", (problem.rows,), constants | {"BLOCK_N": block.columns}, block.num_warps)
+
+
+def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
+    """Plan the backward pass.
+
+    Example:
+        >>> from normkit.spec import NormSpec, Operand, describe
+        >>> plan = backward_plan(describe(NormSpec("rms"), Operand((4096, 4096), "bfloat16")), Wanted(True, False, True, False))
+        >>> plan.parts, plan.rows_per_program, [step.kernel for step in plan.steps]
+        (512, 8, ['backward_rows'])
+    """
+    constants: dict[str, int | str | bool] = {
+        "HIDDEN": problem.hidden_size,
+        "SUBTRACT_MEAN": problem.spec.subtract_mean,
+        "CONTIGUOUS": problem.layout == "contiguous",
+    }
+    block = _block(problem, BACKWARD_LONGEST_ROW)
+    rows_per_program = max(block.rows, _ceil(problem.rows, MAX_PARTS * block.rows) * block.rows)
+    parts = _ceil(problem.rows, rows_per_program)
+    columns = _ceil(problem.hidden_size, COLUMNS)
+    if block.whole_rows:
+        shape: dict[str, int | str | bool] = {"BLOCK_M": block.rows, "BLOCK_N": block.columns}
+        steps: tuple[Step, ...] = (Step("backward_rows", (parts,), constants | shape, block.num_warps),)
+    else:
+        steps = ()
+        if wanted.dx or wanted.dresidual:
+            steps += (Step("backward_long", (problem.rows,), constants | {"BLOCK_N": block.columns}, block.num_warps),)
+        if wanted.dweight or wanted.dbias:
+            warps = _num_warps(problem, COLUMNS)
+            steps += (Step("backward_columns", (parts, columns), constants | {"BLOCK_N": COLUMNS}, warps),)
+    tile_rows, tile_columns = PARTIALS_TILE
+    total = Step(
+        "sum_partials",
+        (_ceil(problem.hidden_size, tile_columns),),
+        {"HIDDEN": problem.hidden_size, "BLOCK_M": tile_rows, "BLOCK_N": tile_columns},
+        _num_warps(problem, tile_rows * tile_columns),
+    )
+    return BackwardPlan(parts, rows_per_program, steps, total)
+
+
+@dataclass(frozen=True)
+class _Block:
+    rows: int
+    columns: int
+    num_warps: int
+    whole_rows: bool
+
+
+def _block(problem: Problem, longest_row: int) -> _Block:
+    columns = _next_power_of_2(problem.hidden_size)
+    if columns > longest_row:
+        return _Block(1, LONG_ROW_BLOCK, _num_warps(problem, LONG_ROW_BLOCK), whole_rows=False)
+    rows = max(1, TILE_ELEMENTS // columns)
+    return _Block(rows, columns, _num_warps(problem, rows * columns), whole_rows=True)
+
+
+def _num_warps(problem: Problem, elements: int) -> int:
+    """Return enough warps that a thread has 16 elements (two to four 128-bit loads of each operand) while there are threads."""
+    warp_size = 64 if problem.platform == "rocm" else 32
+    threads = min(MAX_THREADS, max(warp_size, elements // 16))
+    return threads // warp_size
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _ceil(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

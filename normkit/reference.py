@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition: forward and backward once, in plain operations on arrays of NumPy, PyTorch or JAX.
+
+It is an implementation like any other, the last choice on every platform, and in float64 the oracle of all tests.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .arrays import Array, cast, namespace, rounded
+from .interface import Forward, Gradients, Rejected, Wanted
+from .spec import NormSpec, Problem
+
+
+def supports(problem: Problem) -> Rejected | None:
+    """Accept every problem."""
+    return None
+
+
+def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | None, bias: Array | None) -> Forward:
+    """Compute y, residual_out and the statistics in the problem's compute dtype; see `NormSpec` for the equation."""
+    spec, compute = problem.spec, problem.compute_dtype
+    h = cast(x, compute)
+    if residual is not None:
+        h = h + cast(residual, compute)
+    stored = rounded(h, problem.h_dtype)
+    residual_out = cast(stored, problem.h_dtype) if problem.residual_out_dtype else None
+    if spec.rounding in ("stored", "hf"):
+        h = stored
+    mean, rstd = statistics(spec, h)
+    y = (h - mean if mean is not None else h) * rstd
+    if spec.rounding == "hf":
+        y = rounded(y, problem.x_dtype)
+    if weight is not None:
+        y = y * effective_weight(spec, cast(weight, compute))
+    if bias is not None:
+        y = y + cast(bias, compute)
+    return Forward(cast(y, problem.out_dtype), residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
+
+
+def statistics(spec: NormSpec, h: Array) -> tuple[Array | None, Array]:
+    """Return the mean (None for RMSNorm) and rstd of each row of h, with a last dimension of 1."""
+    xp = namespace(h)
+    mean = xp.mean(h, axis=-1, keepdims=True) if spec.subtract_mean else None
+    centred = h if mean is None else h - mean
+    return mean, 1 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + spec.eps)
+
+
+def effective_weight(spec: NormSpec, weight: Array) -> Array:
+    """Return weight_offset + weight."""
+    return spec.weight_offset + weight if spec.weight_offset else weight
+
+
+def backward(
+    problem: Problem,
+    wanted: Wanted,
+    dy: Array,
+    dresidual_out: Array | None,
+    h: Array,
+    weight: Array | None,
+    mean: Array | None = None,
+    rstd: Array | None = None,
+) -> Gradients:
+    r"""Compute the gradients; mean and rstd are computed from h where they are not given.
+
+    $$\hat{x} = (h - \text{mean})\,\text{rstd}, \qquad g = dy\,(\text{weight\_offset} + \text{weight})$$
+    $$dh = \text{rstd}\,(g - \hat{x} \operatorname{mean}(\hat{x} g) - \operatorname{mean}(g)) + d\text{residual\_out}$$
+
+    where mean(g) is there for LayerNorm only; dx and dresidual are dh, dweight is the sum of dy x_hat over all rows
+    and dbias that of dy.
+    """
+    compute = problem.compute_dtype
+    dy, h = cast(dy, compute), cast(h, compute)
+    if rstd is None:
+        mean, rstd = statistics(problem.spec, h)
+    else:
+        mean, rstd = mean if mean is None else mean[..., None], rstd[..., None]
+    x_hat = (h if mean is None else h - mean) * rstd
+    dx = dresidual = dweight = dbias = None
+    if wanted.dx or wanted.dresidual:
+        dh = _dh(problem.spec, dy, x_hat, weight if weight is None else cast(weight, compute), rstd)
+        if dresidual_out is not None:
+            dh = dh + cast(dresidual_out, compute)
+        dx = cast(dh, problem.x_dtype) if wanted.dx else None
+        dresidual = cast(dh, problem.residual_dtype or problem.x_dtype) if wanted.dresidual else None
+    if wanted.dweight and problem.weight_dtype:
+        dweight = cast(_sum_of_rows(problem, dy * x_hat), problem.weight_dtype)
+    if wanted.dbias and problem.bias_dtype:
+        dbias = cast(_sum_of_rows(problem, dy), problem.bias_dtype)
+    return Gradients(dx, dresidual, dweight, dbias)
+
+
+def _dh(spec: NormSpec, dy: Array, x_hat: Array, weight: Array | None, rstd: Array) -> Array:
+    xp = namespace(dy)
+    g = dy if weight is None else dy * effective_weight(spec, weight)
+    dh = g - x_hat * xp.mean(x_hat * g, axis=-1, keepdims=True)
+    if spec.subtract_mean:
+        dh = dh - xp.mean(g, axis=-1, keepdims=True)
+    return dh * rstd
+
+
+def _sum_of_rows(problem: Problem, array: Array) -> Array:
+    return array.reshape(math.prod(problem.shape[:-1]), problem.hidden_size).sum(0)
+
+
+def forward_(problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:
+    """Compute as `forward` does, then write y into x and residual_out into residual."""
+    y, residual_out, _, _ = forward(problem, x, residual, weight, bias)
+    x[...] = y
+    residual[...] = residual_out

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice: which implementation computes a problem, and why not the others."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
+
+from .errors import OptionError, UnsupportedError
+from .interface import Kernels
+from .spec import Problem
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One line of a table of implementations.
+
+    Args:
+        name: what `implementation=` takes.
+        module: the module that has the functions of `normkit.interface.Kernels`; imported when first considered.
+        automatic: the platforms on which it is chosen without being asked for; () for by name only, None for all.
+    """
+
+    name: str
+    module: str
+    automatic: tuple[str, ...] | None = None
+
+    def load(self) -> Kernels:
+        """Import the module."""
+        return cast(Kernels, import_module(self.module))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided about one implementation: accepted, or the reason why not. The first one accepted runs."""
+
+    name: str
+    accepted: bool
+    reason: str
+
+
+def explain(problem: Problem, table: Sequence[Implementation]) -> list[Verdict]:
+    """Judge every implementation of a table, in the order in which they are tried.
+
+    Example:
+        >>> from normkit.implementations import TABLE
+        >>> from normkit.spec import NormSpec, Operand, describe
+        >>> problem = describe(NormSpec("rms"), Operand((4, 64), "float32"))
+        >>> [verdict.name for verdict in explain(problem, TABLE) if verdict.accepted]
+        ['reference']
+    """
+    return [_judge(problem, implementation) for implementation in table]
+
+
+def _judge(problem: Problem, implementation: Implementation) -> Verdict:
+    rejected = _rejected(problem, implementation)
+    if rejected is not None:
+        return Verdict(implementation.name, False, rejected)
+    if implementation.automatic is not None and problem.platform not in implementation.automatic:
+        return Verdict(implementation.name, False, f"on {problem.platform} only by name: it is not the best choice there")
+    return Verdict(implementation.name, True, f"computes this on {problem.platform}")
+
+
+def _rejected(problem: Problem, implementation: Implementation) -> str | None:
+    kernels = implementation.load()
+    rejected = kernels.supports(problem)
+    if rejected is None and problem.in_place and not hasattr(kernels, "forward_"):
+        return "it cannot compute in place"
+    return None if rejected is None else rejected.reason
+
+
+def select(problem: Problem, table: Sequence[Implementation], implementation: str | None = None) -> Implementation:
+    """Return the implementation asked for by name, or the first of the table that accepts the problem.
+
+    Raises:
+        OptionError: there is no implementation of that name.
+        UnsupportedError: the one asked for cannot compute this problem, or (without a name) none can.
+    """
+    if implementation is None:
+        for candidate in table:
+            if _judge(problem, candidate).accepted:
+                return candidate
+        reasons = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in explain(problem, table))
+        raise UnsupportedError(f"no implementation computes this problem: {reasons}")
+    for candidate in table:
+        if candidate.name == implementation:
+            reason = _rejected(problem, candidate)
+            if reason is not None:
+                others = [verdict.name for verdict in explain(problem, table) if verdict.accepted]
+                raise UnsupportedError(
+                    f"implementation={implementation!r} cannot compute this: {reason}; "
+                    f"implementation=None would take {others[0] if others else 'none either'}"
+                )
+            return candidate
+    names = [candidate.name for candidate in table]
+    close = difflib.get_close_matches(str(implementation), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise OptionError(f"implementation={implementation!r} is not one of {', '.join(map(repr, names))}{hint}")

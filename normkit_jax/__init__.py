@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""normkit for JAX: fused residual normalisation as functions and pytrees."""
+
+from normkit.registry import Verdict
+
+from .functional import add_layer_norm, add_rms_norm, explain, layer_norm, rms_norm
+from .modules import FastLayerNorm, FastRMSNorm
+
+__all__ = [
+    "FastLayerNorm",
+    "FastRMSNorm",
+    "Verdict",
+    "add_layer_norm",
+    "add_rms_norm",
+    "explain",
+    "layer_norm",
+    "rms_norm",
+]

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From JAX arrays to an implementation and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normkit import registry
+from normkit.arrays import Array, dtype_name
+from normkit.call import Call
+from normkit.errors import DeviceError, DtypeError
+from normkit.interface import Forward, Gradients, Wanted
+from normkit.spec import Operand, Problem
+
+from .device import platform_of
+from .implementations import TABLE
+
+
+def as_jax(call: Call) -> Call:
+    """Return the call with NumPy arrays made JAX arrays, after checking what only JAX knows: x64 and committed devices."""
+    for name, array in call.arrays.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise DtypeError(f"{name} must be a JAX or NumPy array, got {type(array).__module__}.{type(array).__qualname__}")
+    asked = [call.residual_dtype, call.out_dtype, *(array.dtype for array in call.arrays.values())]
+    if "float64" in [dtype_name(dtype) for dtype in asked if dtype is not None] and not jax.config.read(  # type: ignore[no-untyped-call]
+        "jax_enable_x64"
+    ):
+        raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
+    _check_devices(call.arrays)
+    return call.with_arrays(lambda _, array: jnp.asarray(array))
+
+
+def _check_devices(arrays: dict[str, Any]) -> None:
+    committed = {
+        name: array.devices()
+        for name, array in arrays.items()
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.committed
+    }
+    for name, devices in committed.items():
+        first, expected = next(iter(committed.items()))
+        if devices != expected:
+            raise DeviceError(f"{name} is on {devices} and {first} on {expected}: move them with jax.device_put")
+
+
+def operand(array: Array) -> Operand:
+    """Describe an array; its device was checked before."""
+    return Operand(array.shape, dtype_name(array.dtype))
+
+
+def problem_of(call: Call, needs_grad: bool) -> Problem:
+    """Validate a call and describe it."""
+    return call.problem(operand, platform=platform_of(call.x), needs_grad=needs_grad)
+
+
+def forward(call: Call, problem: Problem) -> Forward:
+    """Choose an implementation and compute."""
+    kernels = registry.select(problem, TABLE, call.implementation).load()
+    return kernels.forward(problem, call.x, call.residual, call.weight, call.bias)
+
+
+def backward(
+    problem: Problem,
+    implementation: str | None,
+    dy: Array,
+    dresidual_out: Array | None,
+    saved: tuple[Array | None, ...],
+) -> Gradients:
+    """Choose an implementation and compute the gradients from what the forward saved: h, weight, mean and rstd."""
+    kernels = registry.select(problem, TABLE, implementation).load()
+    h, weight, mean, rstd = saved
+    return kernels.backward(problem, Wanted.by(problem), dy, dresidual_out, h, weight, mean, rstd)

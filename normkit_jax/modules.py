@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The norms of a pre-norm transformer as pytrees, loaded from a checkpoint: `normed, residual = norm(hidden, residual)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from normkit.checkpoint import Weights, as_weights
+
+from .functional import add_layer_norm, add_rms_norm
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight"],
+    meta_fields=["eps", "weight_offset", "rounding", "implementation"],
+)
+@dataclass
+class FastRMSNorm:
+    r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
+    \text{weight})$ with h = hidden_states + residual. A pytree whose one leaf is the weight: pass it to jit and grad.
+
+    Args:
+        weight: of shape (hidden_size,).
+        eps: inside the root.
+        weight_offset: 1.0 for Gemma.
+        rounding: None, "sum", "stored" or "hf"; see `add_rms_norm`.
+        implementation: one by name; None chooses at each call.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> norm = FastRMSNorm.load("model.norm", {"model.norm.weight": jnp.ones(2)}, eps=0.0)
+        >>> normed, residual = norm(jnp.array([[1.0, 3.0]]), jnp.array([[2.0, -6.0]]))
+        >>> normed, residual
+        (Array([[ 1., -1.]], dtype=float32), Array([[ 3., -3.]], dtype=float32))
+    """
+
+    weight: Array
+    eps: float = 1e-6
+    weight_offset: float = 0.0
+    rounding: str | None = None
+    implementation: str | None = None
+
+    @classmethod
+    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float = 1e-6, **options: Any) -> FastRMSNorm:
+        """Load `{prefix}.weight`.
+
+        Args:
+            prefix: such as "model.layers.0.input_layernorm".
+            weights: anything with get_tensor(name), or a mapping from names to arrays.
+            eps: inside the root.
+            **options: as for the constructor.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+        """
+        return cls(jnp.asarray(as_weights(weights).get_tensor(f"{prefix}.weight")), eps, **options)
+
+    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
+        return add_rms_norm(
+            hidden_states,
+            residual,
+            self.weight,
+            eps=self.eps,
+            weight_offset=self.weight_offset,
+            rounding=self.rounding,
+            implementation=self.implementation,
+        )
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "bias"],
+    meta_fields=["eps", "rounding", "implementation"],
+)
+@dataclass
+class FastLayerNorm:
+    r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
+    \text{weight} + \text{bias}$ with h = hidden_states + residual. A pytree whose leaves are weight and bias.
+
+    Args:
+        weight: of shape (hidden_size,), or None for ones.
+        bias: of shape (hidden_size,), or None for none.
+        eps: inside the root.
+        rounding: None, "sum", "stored" or "hf"; see `add_layer_norm`.
+        implementation: one by name; None chooses at each call.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> norm = FastLayerNorm.load_no_bias("ln_f", {"ln_f.weight": jnp.ones(2)}, eps=0.0)
+        >>> norm(jnp.array([[1.0, 3.0]]))[0]
+        Array([[-1.,  1.]], dtype=float32)
+    """
+
+    weight: Array | None
+    bias: Array | None = None
+    eps: float = 1e-5
+    rounding: str | None = None
+    implementation: str | None = None
+
+    @classmethod
+    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
+        """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`."""
+        source = as_weights(weights)
+        weight, bias = (jnp.asarray(source.get_tensor(f"{prefix}.{name}")) for name in ("weight", "bias"))
+        return cls(weight, bias, eps, **options)
+
+    @classmethod
+    def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
+        """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`."""
+        return cls(jnp.asarray(as_weights(weights).get_tensor(f"{prefix}.weight")), None, eps, **options)
+
+    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
+        return add_layer_norm(
+            hidden_states,
+            residual,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            rounding=self.rounding,
+            implementation=self.implementation,
+        )

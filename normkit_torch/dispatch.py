@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From torch tensors to an implementation and back: what an eager call does, and what the operators do when they run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normkit import layout, registry
+from normkit.arrays import FLOAT_DTYPES, dtype_name
+from normkit.call import Call
+from normkit.errors import DtypeError, OptionError
+from normkit.interface import Forward, Gradients, Wanted
+from normkit.spec import Operand, Problem
+
+from .device import platform_of
+from .implementations import TABLE
+
+_NAMES = {getattr(torch, name): name for name in FLOAT_DTYPES}
+
+
+def operand(tensor: Tensor) -> Operand:
+    """Describe a tensor."""
+    if not isinstance(tensor, Tensor):
+        raise DtypeError(f"expected a torch.Tensor like the other arrays of the call, got {type(tensor).__qualname__}")
+    return Operand(tuple(tensor.shape), _NAMES.get(tensor.dtype) or dtype_name(tensor.dtype), tensor.device)
+
+
+def problem_of(call: Call, needs_grad: bool) -> Problem:
+    """Validate a call and describe it, with what the tensors' device and strides say."""
+    if not isinstance(call.x, Tensor):
+        operand(call.x)
+    platform, arch = platform_of(call.x.device)
+    rows = [tensor for tensor in (call.x, call.residual) if isinstance(tensor, Tensor)]
+    return call.problem(operand, platform=platform, arch=arch, layout=layout_of(rows), needs_grad=needs_grad)
+
+
+def layout_of(tensors: list[Tensor]) -> str:
+    """Return `Problem.layout` of tensors that have one value for each element of x."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return "contiguous"
+    shapes = {tensor.shape for tensor in tensors}
+    if len(shapes) > 1 or not tensors[0].ndim:
+        return "strided"  # of no consequence: these shapes are refused when the call is described
+    return layout.classify(tensors[0].shape, [tensor.stride() for tensor in tensors])
+
+
+def forward(call: Call, needs_grad: bool) -> Forward:
+    """Choose an implementation and compute; the results are contiguous, with statistics where a backward may follow."""
+    problem = problem_of(call, needs_grad)
+    kernels = registry.select(problem, TABLE, call.implementation).load()
+    y, residual_out, mean, rstd = kernels.forward(problem, call.x, call.residual, call.weight, call.bias)
+    residual_out = None if residual_out is None else residual_out.contiguous()
+    return Forward(y.contiguous(), residual_out, mean if needs_grad else None, rstd if needs_grad else None)
+
+
+def forward_(call: Call) -> None:
+    """Choose an implementation and compute in place."""
+    problem = problem_of(call, needs_grad=False)
+    written: list[Tensor] = [call.x, call.residual]  # type: ignore[list-item]  # describing the call saw to it
+    _check_memory(*written)
+    kernels = registry.select(problem, TABLE, call.implementation).load()
+    kernels.forward_(problem, call.x, call.residual, call.weight, call.bias)
+    torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+
+
+def _check_memory(x: Tensor, residual: Tensor) -> None:
+    for name, tensor in (("x", x), ("residual", residual)):
+        if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise OptionError(f"in place, {name} is written to, and an expanded tensor has one element in several places")
+    if x.numel() and x.data_ptr() == residual.data_ptr():
+        raise OptionError("in place, x and residual are both written to and must not share memory")
+
+
+def backward(
+    problem: Problem,
+    wanted: Wanted,
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    implementation: str | None,
+) -> Gradients:
+    """Choose an implementation and compute the gradients; they are contiguous."""
+    kernels = registry.select(problem, TABLE, implementation).load()
+    gradients = kernels.backward(problem, wanted, dy, dresidual_out, h, weight, mean, rstd)
+    return Gradients(*(None if gradient is None else gradient.contiguous() for gradient in gradients))

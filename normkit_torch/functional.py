@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public functions for torch tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit import reference, registry
+from normkit.arrays import dtype_name
+from normkit.call import Call, bind
+from normkit.errors import OptionError, UnsupportedError
+from normkit.interface import Forward
+from normkit.registry import Verdict
+
+from . import dispatch
+from . import operators as operators
+from .implementations import TABLE
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    rounding: str | None = None,
+    residual_dtype: torch.dtype | str | None = None,
+    out_dtype: torch.dtype | str | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    r"""Normalise each row by its root mean square.
+
+    $$y = \frac{x}{\sqrt{\operatorname{mean}(x^2) + \text{eps}}} (\text{weight\_offset} + \text{weight}) + \text{bias}$$
+
+    Arguments, errors and arithmetic are those of `add_rms_norm`; residual_dtype must be None, as no residual is returned.
+
+    Example:
+        >>> import torch
+        >>> rms_norm(torch.tensor([[1.0, 7.0]]), eps=0.0)
+        tensor([[0.2000, 1.4000]])
+    """
+    return compute(
+        Call("rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+    )
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    weight_offset: float = 0.0,
+    rounding: str | None = None,
+    residual_dtype: torch.dtype | str | None = None,
+    out_dtype: torch.dtype | str | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    r"""Normalise each row to mean 0 and variance 1.
+
+    $$y = \frac{x - \operatorname{mean}(x)}{\sqrt{\operatorname{var}(x) + \text{eps}}}
+      (\text{weight\_offset} + \text{weight}) + \text{bias}$$
+
+    with the biased variance. Arguments, errors and arithmetic are those of `add_rms_norm`; residual_dtype must be None.
+
+    Example:
+        >>> import torch
+        >>> layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
+        tensor([[-1.2247,  0.0000,  1.2247]])
+    """
+    return compute(
+        Call("layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+    )
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    rounding: str | None = None,
+    residual_dtype: torch.dtype | str | None = None,
+    out_dtype: torch.dtype | str | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Add the residual and normalise each row of the sum by its root mean square (arXiv:1910.07467).
+
+    $$h = x + \text{residual}, \qquad
+      y = \frac{h}{\sqrt{\operatorname{mean}(h^2) + \text{eps}}} (\text{weight\_offset} + \text{weight}) + \text{bias}$$
+
+    Inputs are never changed. Arithmetic is in float32 (in float64 as soon as a tensor is float64), rounded once at the end;
+    torch.autocast does not change that. Gradients, of any order, flow through both results to every tensor that asks.
+
+    Args:
+        x: tensor of shape (..., hidden_size); float32, bfloat16, float16 or float64; any strides.
+        residual: of x's shape, any of these dtypes. With None, h is x, and residual_out is x itself.
+        weight: of shape (hidden_size,), any of these dtypes; None means ones.
+        bias: of shape (hidden_size,), any of these dtypes; None means zeros.
+        eps: added to the mean square, inside the root.
+        weight_offset: added to the weight, 1.0 for Gemma; needs a weight.
+        rounding: which h is normalised. "sum": the unrounded sum. "stored": the sum rounded to residual_out's dtype, so that
+            fused equals unfused. "hf": "stored", and the normalised value is rounded to x's dtype before it meets the weight,
+            as in Hugging Face's LlamaRMSNorm. None: whichever the implementation does best.
+        residual_dtype: dtype of residual_out; by default that of residual, or of x without one.
+        out_dtype: dtype of y; by default that of x.
+        implementation: one by name, as `explain` lists them; None chooses.
+
+    Returns:
+        y and residual_out, the h handed on, both contiguous and of x's shape.
+
+    Raises:
+        ShapeError: the shapes do not belong together.
+        DtypeError: a tensor is not of a supported dtype, or not a tensor.
+        DeviceError: the tensors are on different devices.
+        OptionError: an option has a value it cannot have.
+        UnsupportedError: the implementation asked for cannot compute this.
+
+    Example:
+        >>> import torch
+        >>> x, residual = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 4.0]])
+        >>> add_rms_norm(x, residual, eps=0.0)
+        (tensor([[0.2000, 1.4000]]), tensor([[1., 7.]]))
+    """
+    return compute(
+        Call(
+            "add_rms_norm",
+            x,
+            residual,
+            weight,
+            bias,
+            eps,
+            weight_offset,
+            rounding,
+            residual_dtype,
+            out_dtype,
+            implementation,
+        )
+    )
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    weight_offset: float = 0.0,
+    rounding: str | None = None,
+    residual_dtype: torch.dtype | str | None = None,
+    out_dtype: torch.dtype | str | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Add the residual and normalise each row of the sum to mean 0 and variance 1 (arXiv:1607.06450).
+
+    $$h = x + \text{residual}, \qquad y = \frac{h - \operatorname{mean}(h)}{\sqrt{\operatorname{var}(h) + \text{eps}}}
+      (\text{weight\_offset} + \text{weight}) + \text{bias}$$
+
+    with the biased variance, computed from the centred values. All else is as in `add_rms_norm`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> add_layer_norm(x, x, eps=0.0)
+        (tensor([[-1.2247,  0.0000,  1.2247]]), tensor([[2., 4., 6.]]))
+    """
+    return compute(
+        Call(
+            "add_layer_norm",
+            x,
+            residual,
+            weight,
+            bias,
+            eps,
+            weight_offset,
+            rounding,
+            residual_dtype,
+            out_dtype,
+            implementation,
+        )
+    )
+
+
+def add_rms_norm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    rounding: str | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do as `add_rms_norm` does, in place: x becomes y and residual becomes residual_out; no memory is allocated for them.
+
+    Returns:
+        x and residual.
+
+    Raises:
+        OptionError: a gradient would be needed, x and residual share memory, or one of them is expanded.
+
+    Example:
+        >>> import torch
+        >>> x, residual = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 4.0]])
+        >>> y, residual_out = add_rms_norm_(x, residual, eps=0.0)
+        >>> y is x, residual
+        (True, tensor([[1., 7.]]))
+    """
+    return compute(Call("add_rms_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation))
+
+
+def add_layer_norm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    weight_offset: float = 0.0,
+    rounding: str | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do as `add_layer_norm` does, in place: x becomes y and residual becomes residual_out. See `add_rms_norm_`.
+
+    Example:
+        >>> import torch
+        >>> x, residual = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 4.0]])
+        >>> add_layer_norm_(x, residual, eps=0.0)
+        (tensor([[-1.,  1.]]), tensor([[1., 7.]]))
+    """
+    return compute(Call("add_layer_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation))
+
+
+def explain(function: str, x: Tensor, *arrays: Tensor | None, **options: Any) -> list[Verdict]:
+    """Say which implementation a call of one of the functions takes, and why not the others; nothing is computed.
+
+    Args:
+        function: the function's name, such as "add_rms_norm".
+        x: as for that function; so are all other arguments.
+        *arrays: residual, weight and bias.
+        **options: the keyword arguments.
+
+    Returns:
+        One Verdict for each implementation, in the order in which they are tried; the first one accepted runs.
+
+    Example:
+        >>> import torch
+        >>> for verdict in explain("rms_norm", torch.ones(2, 8)):
+        ...     print(verdict.name, verdict.accepted, verdict.reason)
+        triton False Triton runs on cuda, rocm, xpu, not on cpu
+        reference True computes this on cpu
+    """
+    call = bind(globals(), function, x, *arrays, **options)
+    return registry.explain(dispatch.problem_of(call, _needs_grad(call)), TABLE)
+
+
+def compute(call: Call) -> Any:
+    """Compute a call: at once in plain eager code, through the operators where autograd or a tracer must see it."""
+    needs_grad = _needs_grad(call)
+    in_place = call.function.endswith("_")
+    if in_place and needs_grad:
+        raise OptionError(
+            f"{call.function} overwrites its inputs, and one of them requires a gradient: "
+            f"use {call.function[:-1]}, or torch.no_grad()"
+        )
+    if torch._C._are_functorch_transforms_active():
+        return _under_transform(call, in_place)
+    if needs_grad or not _is_plain(call):
+        return _through_operator(call, needs_grad, in_place)
+    if not in_place:
+        return call.result(dispatch.forward(call, needs_grad=False))
+    dispatch.forward_(call)
+    return call.x, call.residual
+
+
+def _under_transform(call: Call, in_place: bool) -> Any:
+    """Compute by the reference, whose operations torch.func can transform; it cannot transform an operator with autograd."""
+    if in_place or call.implementation not in (None, "reference"):
+        asked = call.function if in_place else f"implementation={call.implementation!r}"
+        raise UnsupportedError(
+            f"{asked} cannot be used under torch.func transforms: they go through the reference, functionally"
+        )
+    problem = call.problem(dispatch.operand)
+    return call.result(reference.forward(problem, call.x, call.residual, call.weight, call.bias))
+
+
+def _through_operator(call: Call, needs_grad: bool, in_place: bool) -> Any:
+    tensors = (call.x, call.residual, call.weight, call.bias)
+    for tensor in tensors:
+        if tensor is not None:
+            dispatch.operand(tensor)
+    residual_dtype = None if call.residual_dtype is None else dtype_name(call.residual_dtype)
+    out_dtype = None if call.out_dtype is None else dtype_name(call.out_dtype)
+    options = (
+        call.function,
+        call.eps,
+        call.weight_offset,
+        call.rounding,
+        residual_dtype,
+        out_dtype,
+        call.implementation,
+    )
+    if in_place:
+        torch.ops.normkit.norm_(*tensors, *options)
+        return call.x, call.residual
+    y, residual_out, _, _ = torch.ops.normkit.norm(*tensors, *options, needs_grad)
+    own = call.residual is None and residual_dtype in (None, dispatch.operand(call.x).dtype)
+    return call.result(Forward(y, None if own else residual_out, None, None))
+
+
+def _needs_grad(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (call.x, call.residual, call.weight, call.bias)
+    )
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether nothing but this function needs to know of the call: no tracer, no dispatch mode, no tensor subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or any(
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            for tensor in (call.x, call.residual, call.weight, call.bias)
+            if tensor is not None
+        )
+    )

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The implementations for torch tensors, in the order in which they are tried."""
+
+from normkit.registry import Implementation
+
+TABLE = (
+    Implementation("triton", "normkit_torch.launch", automatic=("cuda", "rocm", "xpu")),
+    Implementation("reference", "normkit.reference"),
+)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `triton` implementation: torch tensors + plan -> the kernels of normkit.kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from normkit import plan
+from normkit.interface import Forward, Gradients, Rejected, Wanted
+from normkit.layout import RowStrides, row_layout
+from normkit.spec import Problem
+
+from .device import current
+
+_PLATFORMS = ("cuda", "rocm", "xpu")
+
+
+def supports(problem: Problem) -> Rejected | None:
+    """Accept float32, bfloat16 and float16 on the platforms that Triton has, where it is installed."""
+    if problem.platform not in _PLATFORMS:
+        return Rejected(f"Triton runs on {', '.join(_PLATFORMS)}, not on {problem.platform}")
+    if not _has_triton():
+        return Rejected("triton is not installed: pip install triton")
+    return plan.supports(problem)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def forward(problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Forward:
+    """Compute y, residual_out and, if a backward may follow, the statistics, in one launch."""
+    statistics = "float32" if problem.needs_grad else None
+    out = Forward(
+        y=_new(x, problem.shape, problem.out_dtype),
+        residual_out=_new(x, problem.shape, problem.residual_out_dtype),
+        mean=_new(x, problem.shape[:-1], statistics if problem.spec.subtract_mean else None),
+        rstd=_new(x, problem.shape[:-1], statistics),
+    )
+    _launch_forward(problem, x, residual, weight, bias, out)
+    return out
+
+
+def forward_(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Write y into x and residual_out into residual, in one launch."""
+    _launch_forward(problem, x, residual, weight, bias, Forward(x, residual, None, None))
+
+
+def _launch_forward(
+    problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
+) -> None:
+    inner_rows, rows = _rows(problem, {"x": x, "residual": residual})
+    arguments = rows | {
+        "weight_ptr": weight if weight is None else weight.contiguous(),
+        "bias_ptr": bias if bias is None else bias.contiguous(),
+        "y_ptr": out.y,
+        "residual_out_ptr": out.residual_out,
+        "mean_ptr": out.mean,
+        "rstd_ptr": out.rstd,
+        "rows": problem.rows,
+        "inner_rows": inner_rows,
+        "eps": problem.spec.eps,
+        "weight_offset": problem.spec.weight_offset,
+    }
+    if problem.rows:
+        with current(x.device):
+            _launch(plan.forward_plan(problem), arguments)
+
+
+def backward(
+    problem: Problem,
+    wanted: Wanted,
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> Gradients:
+    """Compute the gradients: dx, dresidual and partial sums in one or two launches, then the total of dweight and of dbias."""
+    planned = plan.backward_plan(problem, wanted)
+    dx = _new(h, problem.shape, problem.x_dtype if wanted.dx else None)
+    dresidual = _new(h, problem.shape, problem.residual_dtype if wanted.dresidual else None)
+    partial_shape = (planned.parts, problem.hidden_size)
+    dweight = _new(h, partial_shape, "float32" if wanted.dweight else None)
+    dbias = _new(h, partial_shape, "float32" if wanted.dbias else None)
+    inner_rows, rows = _rows(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h})
+    arguments = rows | {
+        "weight_ptr": weight if weight is None else weight.contiguous(),
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
+        "dx_ptr": dx,
+        "dresidual_ptr": dresidual,
+        "dweight_ptr": dweight,
+        "dbias_ptr": dbias,
+        "rows": problem.rows,
+        "rows_per_program": planned.rows_per_program,
+        "inner_rows": inner_rows,
+        "weight_offset": problem.spec.weight_offset,
+    }
+    with current(h.device):
+        for step in planned.steps if problem.rows else ():
+            _launch(step, arguments)
+        dweight = _total(planned, dweight, problem.weight_dtype)
+        dbias = _total(planned, dbias, problem.bias_dtype)
+    return Gradients(dx, dresidual, dweight, dbias)
+
+
+def _total(planned: plan.BackwardPlan, partial: Tensor | None, dtype: str | None) -> Tensor | None:
+    if partial is None:
+        return None
+    total = _new(partial, (partial.shape[1],), dtype)
+    _launch(planned.total, {"partial_ptr": partial, "total_ptr": total, "programs": planned.parts})
+    return total
+
+
+def _new(like: Tensor, shape: tuple[int, ...], dtype: str | None) -> Tensor | None:
+    return None if dtype is None else like.new_empty(shape, dtype=getattr(torch, dtype))
+
+
+def _rows(problem: Problem, tensors: Mapping[str, Tensor | None]) -> tuple[int, dict[str, object]]:
+    """Return inner_rows, and pointer and row strides of each tensor; one whose rows cannot be reached so is copied."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    strides: dict[str, RowStrides | None] = dict.fromkeys(given, RowStrides(0, 0))
+    inner_rows = 1
+    if problem.layout != "contiguous":
+        layout = row_layout(problem.shape, [tensor.stride() for tensor in given.values()])
+        inner_rows, strides = layout.inner_rows, dict(zip(given, layout.strides, strict=True))
+    arguments: dict[str, object] = {}
+    for name, tensor in tensors.items():
+        own = strides.get(name, RowStrides(0, 0))
+        arguments[f"{name}_ptr"] = tensor if own is not None or tensor is None else tensor.contiguous()
+        own = own or RowStrides(inner_rows * problem.hidden_size, problem.hidden_size)
+        arguments[f"{name}_outer"], arguments[f"{name}_inner"] = own
+    return inner_rows, arguments
+
+
+def _launch(step: plan.Step, arguments: Mapping[str, object]) -> None:
+    # imported here so that choosing an implementation never imports triton
+    from normkit import kernels
+
+    kernel = getattr(kernels, step.kernel)
+    given = {name: arguments[name] for name in kernel.arg_names if name not in step.constants}
+    kernel[step.grid](**given, **step.constants, num_warps=step.num_warps, enable_fp_fusion=True)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions as torch operators, opaque to torch.compile and torch.export: schema, fake and autograd.
+
+`normkit::norm` is every functional form, `normkit::norm_` the in-place ones, `normkit::norm_backward` the gradient.
+An operator cannot return None or one of its inputs: what is not computed is returned as an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit import reference
+from normkit.arrays import dtype_name
+from normkit.call import Call
+from normkit.interface import Gradients, Wanted
+from normkit.spec import NormSpec, Problem
+
+from . import dispatch
+from .device import platform_of
+
+_OPTIONS = (
+    "str function, float eps, float weight_offset, str? rounding, str? residual_dtype, str? out_dtype, str? implementation"
+)
+_NORM = (
+    f"norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_OPTIONS}, bool needs_grad)"
+    " -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)"
+)
+_NORM_IN_PLACE = f"norm_(Tensor(a!) x, Tensor(b!) residual, Tensor? weight, Tensor? bias, {_OPTIONS}) -> ()"
+_NORM_BACKWARD = (
+    "norm_backward(Tensor dy, Tensor? dresidual_out, Tensor h, Tensor? weight, Tensor mean, Tensor rstd,"
+    " str kind, float eps, float weight_offset, str? rounding,"
+    " str x_dtype, str? residual_dtype, str? bias_dtype, str? residual_out_dtype, bool[] wanted, str? implementation)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+)
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _pack(like: Tensor, results: Iterable[Tensor | None]) -> Four:
+    a, b, c, d = (like.new_empty(0) if result is None else result for result in results)
+    return a, b, c, d
+
+
+def _norm(*arguments: Any) -> Four:
+    *call, needs_grad = arguments
+    return _pack(arguments[0], dispatch.forward(_call(*call), needs_grad))
+
+
+def _call(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, function: str, *options: Any) -> Call:
+    return Call(function, x, residual, weight, bias, *options)
+
+
+def _norm_fake(*arguments: Any) -> Four:
+    *call, needs_grad = arguments
+    problem = _call(*call).problem(dispatch.operand)
+    x = arguments[0]
+    statistics = problem.compute_dtype if needs_grad else None
+    return _pack(
+        x,
+        (
+            _new(x, x.shape, problem.out_dtype),
+            _new(x, x.shape, problem.residual_out_dtype),
+            _new(x, x.shape[:-1], statistics if problem.spec.subtract_mean else None),
+            _new(x, x.shape[:-1], statistics),
+        ),
+    )
+
+
+def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
+    return None if dtype is None else like.new_empty(shape, dtype=getattr(torch, dtype))
+
+
+def _norm_in_place(*call: Any) -> None:
+    dispatch.forward_(_call(*call))
+
+
+def _norm_in_place_fake(*call: Any) -> None:
+    _call(*call).problem(dispatch.operand)
+
+
+def _gradient_problem(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    kind: str,
+    eps: float,
+    weight_offset: float,
+    rounding: str | None,
+    x_dtype: str,
+    residual_dtype: str | None,
+    bias_dtype: str | None,
+    residual_out_dtype: str | None,
+    **facts: Any,
+) -> Problem:
+    return Problem(
+        spec=NormSpec(kind, eps, weight_offset, rounding),
+        shape=tuple(h.shape),
+        x_dtype=x_dtype,
+        residual_dtype=residual_dtype,
+        weight_dtype=None if weight is None else dtype_name(weight.dtype),
+        bias_dtype=bias_dtype,
+        out_dtype=dtype_name(dy.dtype),
+        residual_out_dtype=residual_out_dtype,
+        needs_grad=True,
+        **facts,
+    )
+
+
+def _norm_backward(
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *options: Any,
+) -> Four:
+    *options_of_problem, wanted, implementation = options
+    platform, arch = platform_of(h.device)
+    layout = dispatch.layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
+    problem = _gradient_problem(dy, h, weight, *options_of_problem, platform=platform, arch=arch, layout=layout)
+    statistics = (mean if problem.spec.subtract_mean else None, rstd)
+    gradients = dispatch.backward(problem, Wanted(*wanted), dy, dresidual_out, h, weight, *statistics, implementation)
+    return _pack(h, gradients)
+
+
+def _norm_backward_fake(
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *options: Any,
+) -> Four:
+    *options_of_problem, wanted, _ = options
+    problem = _gradient_problem(dy, h, weight, *options_of_problem)
+    dtypes = (problem.x_dtype, problem.residual_dtype, problem.weight_dtype, problem.bias_dtype)
+    shapes = (h.shape, h.shape, h.shape[-1:], h.shape[-1:])
+    given = zip(shapes, dtypes, wanted, strict=True)
+    return _pack(h, [_new(h, shape, dtype) if asked else None for shape, dtype, asked in given])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
+    call = _call(*inputs[:-1])
+    _, residual_out, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    problem = call.problem(dispatch.operand)
+    ctx.save_for_backward(residual_out if problem.residual_out_dtype else call.x, call.weight, mean, rstd)
+    ctx.problem, ctx.implementation = problem, call.implementation
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    problem: Problem = ctx.problem
+    h, weight, mean, rstd = ctx.saved_tensors
+    wanted = Wanted.by(problem, *ctx.needs_input_grad[:4])
+    if problem.residual_out_dtype is None:
+        dresidual_out = None
+    if dy is None:
+        dy = h.new_zeros(h.shape, dtype=getattr(torch, problem.out_dtype))
+    if torch.is_grad_enabled():
+        # A gradient of this gradient is asked for: the reference is made of differentiable operations.
+        gradients = reference.backward(problem, wanted, dy, dresidual_out, h, weight)
+    else:
+        spec = problem.spec
+        mathematics = (spec.kind, spec.eps, spec.weight_offset, spec.rounding)
+        dtypes = (problem.x_dtype, problem.residual_dtype, problem.bias_dtype, problem.residual_out_dtype)
+        results = torch.ops.normkit.norm_backward(
+            dy, dresidual_out, h, weight, mean, rstd, *mathematics, *dtypes, list(wanted), ctx.implementation
+        )
+        gradients = Gradients(*(result if asked else None for result, asked in zip(results, wanted, strict=True)))
+    return *gradients.by_operand(problem), *(None,) * 8
+
+
+LIBRARY = torch.library.Library("normkit", "DEF")
+for _schema, _run, _fake in (
+    (_NORM, _norm, _norm_fake),
+    (_NORM_IN_PLACE, _norm_in_place, _norm_in_place_fake),
+    (_NORM_BACKWARD, _norm_backward, _norm_backward_fake),
+):
+    _name = LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"normkit::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd("normkit::norm", _autograd, setup_context=_setup_context, lib=LIBRARY)
