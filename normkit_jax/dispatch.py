@@ -16,7 +16,7 @@ from normkit.errors import DeviceError, DtypeError
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import Operand, Problem
 
-from .device import platform_of
+from . import device
 from .implementations import TABLE
 
 
@@ -53,7 +53,7 @@ def operand(array: Array) -> Operand:
 
 def problem_of(call: Call, needs_grad: bool) -> Problem:
     """Validate a call and describe it."""
-    return call.problem(operand, platform=platform_of(call.x), needs_grad=needs_grad)
+    return call.problem(operand, platform=device.platform_of(call.x), needs_grad=needs_grad)
 
 
 def forward(call: Call, problem: Problem) -> Forward:

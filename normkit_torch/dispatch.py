@@ -13,7 +13,7 @@ from normkit.errors import DtypeError, OptionError
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import Operand, Problem
 
-from .device import platform_of
+from . import device
 from .implementations import TABLE
 
 _NAMES = {getattr(torch, name): name for name in FLOAT_DTYPES}
@@ -30,7 +30,7 @@ def problem_of(call: Call, needs_grad: bool) -> Problem:
     """Validate a call and describe it, with what the tensors' device and strides say."""
     if not isinstance(call.x, Tensor):
         operand(call.x)
-    platform, arch = platform_of(call.x.device)
+    platform, arch = device.platform_of(call.x.device)
     rows = [tensor for tensor in (call.x, call.residual) if isinstance(tensor, Tensor)]
     return call.problem(operand, platform=platform, arch=arch, layout=layout_of(rows), needs_grad=needs_grad)
 

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from normkit import reference, registry
-from normkit.arrays import dtype_name
 from normkit.call import Call, bind
 from normkit.errors import OptionError, UnsupportedError
-from normkit.interface import Forward
 from normkit.registry import Verdict
 
-from . import dispatch
-from . import operators as operators
+from . import dispatch, operators
 from .implementations import TABLE
 
 
@@ -274,7 +271,7 @@ def compute(call: Call) -> Any:
     if torch._C._are_functorch_transforms_active():
         return _under_transform(call, in_place)
     if needs_grad or not _is_plain(call):
-        return _through_operator(call, needs_grad, in_place)
+        return operators.norm_(call) if in_place else operators.norm(call, needs_grad)
     if not in_place:
         return call.result(dispatch.forward(call, needs_grad=False))
     dispatch.forward_(call)
@@ -290,30 +287,6 @@ def _under_transform(call: Call, in_place: bool) -> Any:
         )
     problem = call.problem(dispatch.operand)
     return call.result(reference.forward(problem, call.x, call.residual, call.weight, call.bias))
-
-
-def _through_operator(call: Call, needs_grad: bool, in_place: bool) -> Any:
-    tensors = (call.x, call.residual, call.weight, call.bias)
-    for tensor in tensors:
-        if tensor is not None:
-            dispatch.operand(tensor)
-    residual_dtype = None if call.residual_dtype is None else dtype_name(call.residual_dtype)
-    out_dtype = None if call.out_dtype is None else dtype_name(call.out_dtype)
-    options = (
-        call.function,
-        call.eps,
-        call.weight_offset,
-        call.rounding,
-        residual_dtype,
-        out_dtype,
-        call.implementation,
-    )
-    if in_place:
-        torch.ops.normkit.norm_(*tensors, *options)
-        return call.x, call.residual
-    y, residual_out, _, _ = torch.ops.normkit.norm(*tensors, *options, needs_grad)
-    own = call.residual is None and residual_dtype in (None, dispatch.operand(call.x).dtype)
-    return call.result(Forward(y, None if own else residual_out, None, None))
 
 
 def _needs_grad(call: Call) -> bool:

@@ -16,11 +16,10 @@ from torch import Tensor
 from normkit import reference
 from normkit.arrays import dtype_name
 from normkit.call import Call
-from normkit.interface import Gradients, Wanted
+from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
-from . import dispatch
-from .device import platform_of
+from . import device, dispatch
 
 _OPTIONS = (
     "str function, float eps, float weight_offset, str? rounding, str? residual_dtype, str? out_dtype, str? implementation"
@@ -38,6 +37,30 @@ _NORM_BACKWARD = (
 )
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def norm(call: Call, needs_grad: bool) -> Any:
+    """Compute a functional call through the operator."""
+    y, residual_out, _, _ = torch.ops.normkit.norm(*_arguments(call), needs_grad)
+    widened = call.residual_dtype is not None and getattr(torch, dtype_name(call.residual_dtype)) != call.x.dtype
+    computed = call.residual is not None or widened
+    return call.result(Forward(y, residual_out if computed else None, None, None))
+
+
+def norm_(call: Call) -> Any:
+    """Compute an in-place call through the operator."""
+    torch.ops.normkit.norm_(*_arguments(call))
+    return call.x, call.residual
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    for tensor in call.arrays.values():
+        dispatch.operand(tensor)
+    residual_dtype = None if call.residual_dtype is None else dtype_name(call.residual_dtype)
+    out_dtype = None if call.out_dtype is None else dtype_name(call.out_dtype)
+    tensors = (call.x, call.residual, call.weight, call.bias)
+    options = (call.function, call.eps, call.weight_offset, call.rounding, residual_dtype, out_dtype, call.implementation)
+    return tensors + options
 
 
 def _pack(like: Tensor, results: Iterable[Tensor | None]) -> Four:
@@ -120,7 +143,7 @@ def _norm_backward(
     *options: Any,
 ) -> Four:
     *options_of_problem, wanted, implementation = options
-    platform, arch = platform_of(h.device)
+    platform, arch = device.platform_of(h.device)
     layout = dispatch.layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
     problem = _gradient_problem(dy, h, weight, *options_of_problem, platform=platform, arch=arch, layout=layout)
     statistics = (mean if problem.spec.subtract_mean else None, rstd)

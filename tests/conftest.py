@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: what ran on which implementation, what was refused and why, and the interpreter where asked for."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from . import interpreter
+
+    interpreter.install()
+
+_ran: Counter[tuple[str, str, str]] = Counter()
+_refused: Counter[tuple[str, str, str]] = Counter()
+
+
+class Ledger:
+    """Counts the calls that each implementation computed or refused; printed at the end of the run."""
+
+    def ran(self, framework: str, implementation: str, what: str) -> None:
+        _ran[framework, implementation, what] += 1
+
+    def refused(self, framework: str, implementation: str, reason: str) -> None:
+        _refused[framework, implementation, reason] += 1
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture
+def selected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the implementations that the registry chose during the test, in order."""
+    from normkit import registry
+
+    names: list[str] = []
+    original = registry.select
+
+    def select(*arguments: Any, **options: Any) -> Any:
+        chosen = original(*arguments, **options)
+        names.append(chosen.name)
+        return chosen
+
+    monkeypatch.setattr(registry, "select", select)
+    return names
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _ran or _refused:
+        terminalreporter.section("implementations")
+    for (framework, implementation, what), count in sorted(_ran.items()):
+        terminalreporter.write_line(f"ran      {framework:6} {implementation:10} {what:9} {count}")
+    for (framework, implementation, reason), count in sorted(_refused.items()):
+        terminalreporter.write_line(f"refused  {framework:6} {implementation:10} {count} x {reason}")
