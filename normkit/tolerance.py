@@ -144,7 +144,7 @@ def worst(actual: Array, expected: Expectation) -> float:
         error = np.abs(given - expected.value)
         within = (error <= expected.bound) | (np.isnan(given) & np.isnan(expected.value)) | (given == expected.value)
         ratio = error / expected.bound
-    ratio = np.where(within, np.fmin(ratio, 1.0), np.nan_to_num(ratio, nan=math.inf))
+    ratio = np.where(within, np.fmin(ratio, 1.0), np.where(np.isnan(ratio), math.inf, ratio))
     return float(np.max(ratio, initial=0.0))
 
 

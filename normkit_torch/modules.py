@@ -66,7 +66,7 @@ class FastRMSNorm(nn.Module):
         Raises:
             MissingTensorError: there is no such tensor.
         """
-        return cls(as_weights(weights).get_tensor(f"{prefix}.weight"), eps, **options)
+        return cls(torch.as_tensor(as_weights(weights).get_tensor(f"{prefix}.weight")), eps, **options)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""

@@ -39,8 +39,8 @@ def load_layer_norm(
         MissingTensorError: there is no such tensor.
     """
     source = as_weights(weights)
-    weight = source.get_tensor(f"{prefix}.weight")
-    bias = source.get_tensor(f"{prefix}.bias") if has_bias else None
+    weight = torch.as_tensor(source.get_tensor(f"{prefix}.weight"))
+    bias = torch.as_tensor(source.get_tensor(f"{prefix}.bias")) if has_bias else None
     with torch.device("meta"):  # its own parameters are replaced at once
         norm = cls(weight.shape[0], eps=eps, bias=has_bias, **options)
     norm.weight = nn.Parameter(weight)

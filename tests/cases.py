@@ -96,9 +96,9 @@ def _normal(
     return (mean + scale * rng.standard_normal(shape)).astype(numpy_dtype(dtype))
 
 
-_F32 = {"x": "float32", "residual": "float32", "weight": "float32"}
-_F16 = {"x": "float16", "residual": "float16", "weight": "float16"}
-_F64 = {"x": "float64", "residual": "float64", "weight": "float64"}
+_F32: dict[str, Any] = {"x": "float32", "residual": "float32", "weight": "float32"}
+_F16: dict[str, Any] = {"x": "float16", "residual": "float16", "weight": "float16"}
+_F64: dict[str, Any] = {"x": "float64", "residual": "float64", "weight": "float64"}
 _BENCH = ("gpu", "bench")
 
 MODELS = (
