@@ -205,6 +205,6 @@ BACKWARD_MUTANTS: tuple[Row, ...] = (
     ("dbias lost", "dbias", lambda p, dy: np.zeros(dy.shape[-1], np.float32), _biased),
 )
 
-MUTANTS = tuple(Mutant(name, "forward", *rest) for name, *rest in FORWARD_MUTANTS) + tuple(
-    Mutant(name, "backward", *rest) for name, *rest in BACKWARD_MUTANTS
+MUTANTS = tuple(Mutant(name, "forward", step, wrong, differs) for name, step, wrong, differs in FORWARD_MUTANTS) + tuple(
+    Mutant(name, "backward", step, wrong, differs) for name, step, wrong, differs in BACKWARD_MUTANTS
 )
