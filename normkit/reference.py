@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .arrays import Array, cast, namespace, rounded
+from .arrays import Array, cast, namespace, rounded, rsqrt
 from .interface import Forward, Gradients, Rejected, Wanted
 from .spec import NormSpec, Problem
 
@@ -44,7 +44,7 @@ def statistics(spec: NormSpec, h: Array) -> tuple[Array | None, Array]:
     xp = namespace(h)
     mean = xp.mean(h, axis=-1, keepdims=True) if spec.subtract_mean else None
     centred = h if mean is None else h - mean
-    return mean, 1 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + spec.eps)
+    return mean, rsqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + spec.eps)
 
 
 def effective_weight(spec: NormSpec, weight: Array) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from normkit import reference, registry
 from normkit.call import Call, bind
@@ -268,7 +269,7 @@ def compute(call: Call) -> Any:
             f"{call.function} overwrites its inputs, and one of them requires a gradient: "
             f"use {call.function[:-1]}, or torch.no_grad()"
         )
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _under_transform(call, in_place)
     if needs_grad or not _is_plain(call):
         return operators.norm_(call) if in_place else operators.norm(call, needs_grad)
@@ -279,11 +280,11 @@ def compute(call: Call) -> Any:
 
 
 def _under_transform(call: Call, in_place: bool) -> Any:
-    """Compute by the reference, whose operations torch.func can transform; it cannot transform an operator with autograd."""
+    """Compute by the reference, whose operations have vmap and forward-mode rules; an operator has neither."""
     if in_place or call.implementation not in (None, "reference"):
         asked = call.function if in_place else f"implementation={call.implementation!r}"
         raise UnsupportedError(
-            f"{asked} cannot be used under torch.func transforms: they go through the reference, functionally"
+            f"{asked} cannot be used under torch.func transforms and forward-mode differentiation: they take the reference"
         )
     problem = call.problem(dispatch.operand)
     return call.result(reference.forward(problem, call.x, call.residual, call.weight, call.bias))
