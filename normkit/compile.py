@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,7 @@ def compile_step(step: Step, dtypes: Mapping[str, str | None], arch: str) -> Com
 
     from . import kernels
 
+    target = _target(arch)
     kernel = getattr(kernels, step.kernel)
     signature, constants, attributes = _signature(kernel.arg_names, step.constants, dtypes)
     options: dict[str, Any] = {"num_warps": step.num_warps, "enable_fp_fusion": True}
@@ -107,7 +109,7 @@ def compile_step(step: Step, dtypes: Mapping[str, str | None], arch: str) -> Com
         # the oldest PTX that knows the architecture, so that any driver's or framework's assembler can read it
         options["ptx_version"] = 87 if int(arch[3:]) >= 100 else 80
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton_compile(source, target=_target(arch), options=options)
+    compiled = triton_compile(source, target=target, options=options)
     binary, assembly = ("cubin", "ptx") if arch.startswith("sm_") else ("hsaco", "amdgcn")
     return CompiledKernel(
         name=compiled.metadata.name,
@@ -148,10 +150,8 @@ def _signature(
 def _target(arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
-    if arch.startswith("sm_") and arch[3:].isdigit():
+    if re.fullmatch(r"sm_\d{2,3}", arch):
         return GPUTarget("cuda", int(arch[3:]), 32)
-    if arch.startswith("gfx9"):
-        return GPUTarget("hip", arch, 64)
-    if arch.startswith("gfx"):
-        return GPUTarget("hip", arch, 32)
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", arch):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     raise OptionError(f"arch={arch!r} is not known: an NVIDIA one is written like sm_90, an AMD one like gfx942")

@@ -97,7 +97,8 @@ def test_compiled_in_place(kind: str) -> None:
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(given, expected_residual) and not torch.equal(given, residual)
-    y, residual_out = torch.compile(function, fullgraph=True)(x, given, weight)
+    compiled: Any = torch.compile(function, fullgraph=True)
+    y, residual_out = compiled(x, given, weight)
     assert y is x and residual_out is given
 
 
@@ -108,7 +109,7 @@ def test_rows_may_change_without_compiling_again(kind: str, gradient: bool) -> N
     function = getattr(normkit_torch, f"add_{kind}_norm")
     for dynamic, calls_to_learn in ((True, 1), (None, 2)):
         torch.compiler.reset()
-        compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=dynamic)
+        compiled: Any = torch.compile(function, fullgraph=True, backend=counter, dynamic=dynamic)
         counts = []
         for count in (3, 4, 7, 100, 33):
             given = [tensor.requires_grad_(gradient) for tensor in operands(count=count)]

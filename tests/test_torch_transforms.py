@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from normkit import ShapeError, UnsupportedError, reference
-from normkit.registry import Implementation
+from normkit import ShapeError, UnsupportedError
 
 from .frameworks import installed
 
@@ -23,7 +20,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import normkit_torch
-from normkit_torch import dispatch, functional, implementations
+
+from . import opaque
 
 # what forward mode takes from torch uses torch.jit, which torch itself deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -52,8 +50,13 @@ def bound(kind: str, without_residual: bool, **options: Any) -> tuple[Any, list[
 @KINDS
 @RESIDUAL
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_gradients_of_first_and_second_order(kind: str, without_residual: bool, offset: float) -> None:
+@pytest.mark.parametrize("kernel", [False, True])
+def test_gradients_of_first_and_second_order(
+    kind: str, without_residual: bool, offset: float, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     function, given = bound(kind, without_residual, weight_offset=offset, eps=1e-2)
+    if kernel:
+        opaque.install(monkeypatch)
     assert torch.autograd.gradcheck(function, given)
     assert torch.autograd.gradgradcheck(function, given)
 
@@ -155,27 +158,9 @@ def test_forward_mode(kind: str) -> None:
             torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, derivative)
 
 
-@pytest.fixture
-def opaque(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An implementation that autograd cannot look into, as a kernel is, first in the table."""
-    module: Any = ModuleType("normkit_opaque_implementation")
-    module.supports, module.backward = reference.supports, reference.backward
-
-    def forward(problem: Any, *tensors: Tensor | None) -> Any:
-        return reference.forward(
-            problem, *(None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in tensors)
-        )
-
-    module.forward = forward
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    table = (Implementation("opaque", module.__name__), *implementations.TABLE)
-    for user in (dispatch, functional):
-        monkeypatch.setattr(user, "TABLE", table)
-    return "opaque"
-
-
-def test_forward_mode_never_loses_a_tangent_in_a_kernel(opaque: str) -> None:
-    assert normkit_torch.explain("rms_norm", rows(3, 5))[0].name == opaque
+def test_forward_mode_never_loses_a_tangent_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    opaque.install(monkeypatch)
+    assert normkit_torch.explain("rms_norm", rows(3, 5))[0].name == opaque.NAME
     with forward_ad.dual_level():
         dual = normkit_torch.rms_norm(forward_ad.make_dual(rows(3, 5), rows(3, 5, seed=1)))
         assert forward_ad.unpack_dual(dual).tangent is not None
@@ -223,7 +208,10 @@ def test_autocast_changes_no_dtype_and_no_bit(kind: str, gradient: bool) -> None
 
 
 @KINDS
-def test_in_place_bumps_versions_so_that_autograd_notices(kind: str) -> None:
+@pytest.mark.parametrize("kernel", [False, True])
+def test_in_place_bumps_versions_so_that_autograd_notices(kind: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel:
+        opaque.install(monkeypatch)
     function = getattr(normkit_torch, f"add_{kind}_norm_")
     x, residual, weight, _ = (leaf.detach() for leaf in leaves(torch.float32))
     factor = rows(3, 5, seed=3).requires_grad_()
