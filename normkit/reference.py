@@ -36,6 +36,9 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
         y = y * effective_weight(spec, cast(weight, compute))
     if bias is not None:
         y = y + cast(bias, compute)
+    if problem.needs_grad and spec.rounding in (None, "sum"):
+        # the backward pass has the rounded h, and needs the statistics of just that
+        mean, rstd = statistics(spec, stored)
     return Forward(cast(y, problem.out_dtype), residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
 
 

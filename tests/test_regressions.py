@@ -247,3 +247,17 @@ def test_backward_overwrites_nothing(framework: Framework, kind: str) -> None:
         framework.gradients(case, arrays, "reference")
     for name, array in given.items():
         np.testing.assert_array_equal(_numpy(framework, arrays[name]), array)
+
+
+@EACH
+@KINDS
+@pytest.mark.parametrize("rounding", [None, "sum", "stored", "hf"])
+def test_the_gradient_of_a_nearly_constant_row_is_bounded(framework: Framework, kind: str, rounding: str | None) -> None:
+    """Backward projects and multiplies by rstd: dx is at most dy / sqrt(eps) long, however h was rounded."""
+    x, residual = (np.full((1, 4096), value).astype(numpy_dtype("bfloat16")) for value in (100.0, 0.2))
+    case = Case("constant", kind, x.shape, weight=None, rounding=rounding)
+    dy = normal(x.shape, "bfloat16")
+    arrays = {"x": x, "residual": residual, "weight": None, "bias": None, "dy": dy, "dresidual_out": np.zeros_like(x)}
+    _, gradients = framework.gradients(case, {name: framework.array(array) for name, array in arrays.items()}, "reference")
+    length = np.linalg.norm(_numpy(framework, gradients["x"]).astype(np.float64))
+    assert length <= 1.01 * np.linalg.norm(dy.astype(np.float64)) / np.sqrt(case.eps)
