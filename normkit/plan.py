@@ -72,10 +72,10 @@ def supports(problem: Problem) -> Rejected | None:
     """Say whether the Triton kernels can compute a problem, on a platform that has Triton."""
     if "float64" in (*problem.dtypes, problem.out_dtype, problem.residual_out_dtype):
         return Rejected("the Triton kernels compute in float32, which is not enough for float64")
-    if problem.hidden_size >= 2**31:
+    if problem.hidden_size > 2**30:
         return Rejected(f"the Triton kernels index a row with 32 bits, and hidden_size is {problem.hidden_size}")
     if problem.in_place and problem.layout == "strided":
-        return Rejected("in place, the Triton kernels need unit stride along the row")
+        return Rejected("in place, the Triton kernels need unit stride along the row, and rows reached by two nested loops")
     return None
 
 
@@ -129,7 +129,8 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
             steps += (Step("backward_long", (problem.rows,), constants | {"BLOCK_N": block.columns}, block.num_warps),)
         if wanted.dweight or wanted.dbias:
             columns = COLUMNS_PER_THREAD * _warp_size(problem)
-            grid = (parts, _ceil(problem.hidden_size, columns))
+            # the second axis of a CUDA grid has at most 65535 programs
+            grid = (_ceil(problem.hidden_size, columns), parts)
             steps += (Step("backward_columns", grid, constants | {"BLOCK_N": columns}, num_warps=1),)
     tile_rows, tile_columns = PARTIALS_TILE
     total = Step(

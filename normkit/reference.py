@@ -24,10 +24,10 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
     h = cast(x, compute)
     if residual is not None:
         h = h + cast(residual, compute)
-    stored = rounded(h, problem.h_dtype)
-    residual_out = cast(stored, problem.h_dtype) if problem.residual_out_dtype else None
-    if spec.rounding in ("stored", "hf"):
-        h = stored
+    residual_out = cast(h, problem.residual_out_dtype) if problem.residual_out_dtype else None
+    keeps_other = problem.residual_out_dtype not in (None, compute)
+    if keeps_other and spec.rounding in ("stored", "hf"):
+        h = rounded(h, problem.h_dtype)
     mean, rstd = statistics(spec, h)
     y = (h - mean if mean is not None else h) * rstd
     if spec.rounding == "hf":
@@ -36,9 +36,9 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
         y = y * effective_weight(spec, cast(weight, compute))
     if bias is not None:
         y = y + cast(bias, compute)
-    if problem.needs_grad and spec.rounding in (None, "sum"):
+    if keeps_other and problem.needs_grad and spec.rounding in (None, "sum"):
         # the backward pass has the rounded h, and needs the statistics of just that
-        mean, rstd = statistics(spec, stored)
+        mean, rstd = statistics(spec, rounded(h, problem.h_dtype))
     return Forward(cast(y, problem.out_dtype), residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
 
 

@@ -183,8 +183,8 @@ def backward_columns(
     CONTIGUOUS: tl.constexpr,
 ):
     """Each program sums one block of columns of dweight and dbias over its part of long rows. Arguments as in backward_rows."""
-    program = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = column < HIDDEN
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
@@ -213,7 +213,7 @@ def sum_partials(partial_ptr, total_ptr, programs, HIDDEN: tl.constexpr, BLOCK_M
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = 0
     while first < programs:
-        row = first + tl.arange(0, BLOCK_M)
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (row < programs)[:, None] & in_columns[None, :]
         total += tl.load(partial_ptr + row[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0)
         first += BLOCK_M
