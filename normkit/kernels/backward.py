@@ -98,7 +98,7 @@ def backward_rows(
         if dbias_ptr is not None:
             dbias += tl.sum(dy, axis=0)
         if dx_ptr is not None or dresidual_ptr is not None:
-            g = _weighted(dy, weight_ptr, weight_offset, column[None, :], in_columns[None, :])
+            g = dy if weight_ptr is None else dy * load_weight(weight_ptr, weight_offset, column, in_columns)[None, :]
             dh = g - x_hat * (tl.sum(x_hat * g, axis=1) / HIDDEN)[:, None]
             if SUBTRACT_MEAN:
                 dh -= (tl.sum(g, axis=1) / HIDDEN)[:, None]
