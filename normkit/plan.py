@@ -17,8 +17,9 @@ from .spec import Problem
 TILE_ELEMENTS = 2048
 MAX_THREADS = 1024
 # The longest rows that a program can hold in registers without spilling on any of sm_80, sm_90, sm_100, gfx942 and gfx950
-# (found by compiling; tests/test_ahead_of_time.py keeps it so). The forward holds h and h rounded, and loads the weight; the
-# backward holds dy, x_hat and two sums, and so many bytes that it reads of a row: dy, h, dresidual_out.
+# (found by compiling; tests/test_ahead_of_time.py keeps it so). The forward holds h and h rounded, and loads the weight: half
+# as much where an array has more than 16 bits. The backward holds dy, x_hat and two sums, and so many bytes that it reads of a
+# row: dy, h, dresidual_out.
 FORWARD_LONGEST_ROW = 16384
 BACKWARD_LONGEST_ROW = 8192
 BACKWARD_LONGEST_BYTES = 81920
@@ -95,7 +96,8 @@ def forward_plan(problem: Problem) -> Step:
         "CONTIGUOUS": problem.layout == "contiguous",
         "IN_PLACE": problem.in_place,
     }
-    block = _block(problem, FORWARD_LONGEST_ROW)
+    narrow = all(_bytes(dtype) == 2 for dtype in problem.dtypes)
+    block = _block(problem, FORWARD_LONGEST_ROW if narrow else FORWARD_LONGEST_ROW // 2)
     if block.whole_rows:
         constants |= {"BLOCK_M": block.rows, "BLOCK_N": block.columns}
         return Step("forward_rows", (_ceil(problem.rows, block.rows),), constants, block.num_warps)
