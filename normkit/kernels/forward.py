@@ -103,11 +103,12 @@ def forward_long(
     mean, rstd = _long_statistics(row_ptr, stream_ptr, residual_out_ptr, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN, ROUNDING != "sum")
     if rstd_ptr is not None:
         kept_mean, kept_rstd = mean, rstd
-        if ROUNDING == "sum" and residual_out_ptr is not None:
+        if ROUNDING == "sum" and residual_out_ptr is not None:  # noqa: SIM102  # None has no dtype
             # the backward pass has the rounded h, and needs the statistics of just that
-            kept_mean, kept_rstd = _long_statistics(
-                row_ptr, stream_ptr, residual_out_ptr, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN, True
-            )
+            if residual_out_ptr.dtype.element_ty != tl.float32:
+                kept_mean, kept_rstd = _long_statistics(
+                    row_ptr, stream_ptr, residual_out_ptr, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN, True
+                )
         tl.store(rstd_ptr + row, kept_rstd)
         if mean_ptr is not None:
             tl.store(mean_ptr + row, kept_mean)
