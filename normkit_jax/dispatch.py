@@ -31,7 +31,22 @@ def as_jax(call: Call) -> Call:
     ):
         raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
     _check_devices(call.arrays)
-    return call.with_arrays(lambda _, array: jnp.asarray(array))
+    return _varying_alike(call.with_arrays(lambda _, array: jnp.asarray(array)))
+
+
+def _varying_alike(call: Call) -> Call:
+    """Under shard_map, let every array vary over the mesh axes that any of them varies over.
+
+    The gradient of an array that is the same on all devices is then summed over them, as with JAX's own operations.
+    """
+    varying = {name: jax.typeof(array).manual_axis_type.varying for name, array in call.arrays.items()}
+    union = frozenset[str]().union(*varying.values())
+
+    def vary(name: str, array: Array) -> Array:
+        missing = tuple(union - varying[name])
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return call.with_arrays(vary) if union else call
 
 
 def _check_devices(arrays: dict[str, Any]) -> None:
