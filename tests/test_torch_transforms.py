@@ -24,11 +24,7 @@ import normkit_torch
 from . import opaque
 
 # what forward mode takes from torch uses torch.jit, which torch itself deprecates
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit:DeprecationWarning",
-    # inductor imports it on Python 3.11
-    "ignore:The distutils package is deprecated:DeprecationWarning",
-)
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
 RESIDUAL = pytest.mark.parametrize("without_residual", [False, True])
 
