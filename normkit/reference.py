@@ -29,14 +29,21 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
     if spec.rounding in ("stored", "hf"):
         h = stored
     mean, rstd = statistics(spec, h)
-    y = (h - mean if mean is not None else h) * rstd
+    x_hat = (h - mean if mean is not None else h) * rstd
     if spec.rounding == "hf":
-        y = rounded(y, problem.x_dtype)
+        x_hat = rounded(x_hat, problem.x_dtype)
+    y = scale_and_shift(problem, x_hat, weight, bias)
+    return Forward(y, residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
+
+
+def scale_and_shift(problem: Problem, x_hat: Array, weight: Array | None, bias: Array | None) -> Array:
+    """Return y = x_hat (weight_offset + weight) + bias, rounded once, from x_hat in the compute dtype."""
+    y = x_hat
     if weight is not None:
-        y = y * effective_weight(spec, cast(weight, compute))
+        y = y * effective_weight(problem.spec, cast(weight, problem.compute_dtype))
     if bias is not None:
-        y = y + cast(bias, compute)
-    return Forward(cast(y, problem.out_dtype), residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
+        y = y + cast(bias, problem.compute_dtype)
+    return cast(y, problem.out_dtype)
 
 
 def statistics(spec: NormSpec, h: Array) -> tuple[Array | None, Array]:

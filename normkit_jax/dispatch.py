@@ -13,7 +13,7 @@ from normkit import registry
 from normkit.arrays import Array, dtype_name
 from normkit.call import Call
 from normkit.errors import DeviceError, DtypeError
-from normkit.interface import Forward, Gradients, Wanted
+from normkit.interface import Kernels
 from normkit.spec import Operand, Problem
 
 from . import device
@@ -31,7 +31,22 @@ def as_jax(call: Call) -> Call:
     ):
         raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
     _check_devices(call.arrays)
-    return call.with_arrays(lambda _, array: jnp.asarray(array))
+    return _varying_alike(call.with_arrays(lambda _, array: jnp.asarray(array)))
+
+
+def _varying_alike(call: Call) -> Call:
+    """Under shard_map, let every array vary over the mesh axes that any of them varies over.
+
+    The gradient of an array that is the same on all devices is then summed over them, as with JAX's own operations.
+    """
+    varying = {name: jax.typeof(array).manual_axis_type.varying for name, array in call.arrays.items()}
+    union = frozenset[str]().union(*varying.values())
+
+    def vary(name: str, array: Array) -> Array:
+        missing = tuple(union - varying[name])
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return call.with_arrays(vary) if union else call
 
 
 def _check_devices(arrays: dict[str, Any]) -> None:
@@ -56,20 +71,6 @@ def problem_of(call: Call, needs_grad: bool) -> Problem:
     return call.problem(operand, platform=device.platform_of(call.x), needs_grad=needs_grad)
 
 
-def forward(call: Call, problem: Problem) -> Forward:
-    """Choose an implementation and compute."""
-    kernels = registry.select(problem, TABLE, call.implementation).load()
-    return kernels.forward(problem, call.x, call.residual, call.weight, call.bias)
-
-
-def backward(
-    problem: Problem,
-    implementation: str | None,
-    dy: Array,
-    dresidual_out: Array | None,
-    saved: tuple[Array | None, ...],
-) -> Gradients:
-    """Choose an implementation and compute the gradients from what the forward saved: h, weight, mean and rstd."""
-    kernels = registry.select(problem, TABLE, implementation).load()
-    h, weight, mean, rstd = saved
-    return kernels.backward(problem, Wanted.by(problem), dy, dresidual_out, h, weight, mean, rstd)
+def kernels_of(problem: Problem, implementation: str | None) -> Kernels:
+    """Choose an implementation."""
+    return registry.select(problem, TABLE, implementation).load()

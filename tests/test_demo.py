@@ -20,7 +20,7 @@ from normkit import CheckpointError, MappingWeights, UnsupportedError, demo, fet
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-import tiny_llama  # noqa: E402
+from . import tiny_llama  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from normkit.demo import load_example
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-import tiny_llama  # noqa: E402
+from . import tiny_llama  # noqa: E402
 
 PROMPT = [5, 101, 17, 8, 251, 33, 33, 2, 90, 150, 61]
 LOGIT_BOUND = 1e-4

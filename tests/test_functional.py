@@ -94,9 +94,10 @@ def test_backward(framework: Framework, implementation: str, case: Case, ledger:
     expected = expected_backward(case.problem(), given["dy"], given["dresidual_out"], h, given["weight"])
     for name in ("x", "residual", "weight", "bias"):
         if given[name] is not None:
-            gradient = framework.numpy(gradients[name])
+            gradient, operand = framework.numpy(gradients[name]), given[name]
             assert gradient is not None
-            assert gradient.dtype == given[name].dtype
+            assert operand is not None
+            assert gradient.dtype == operand.dtype
             assert worst(gradient, expected[f"d{name}"]) <= 1, name
     _assert_unchanged(framework, given, arrays)
 
