@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
