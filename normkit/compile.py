@@ -112,6 +112,7 @@ def _compile(
 
     from . import kernels
 
+    target = _target(arch)
     kernel = getattr(kernels, kernel_name)
     signature, constants, attributes = _signature(kernel.arg_names, dict(step_constants), dict(dtypes))
     options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
@@ -119,7 +120,7 @@ def _compile(
         # the oldest PTX that knows the architecture, so that any driver's or framework's assembler can read it
         options["ptx_version"] = 87 if int(arch[3:]) >= 100 else 80
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton_compile(source, target=_target(arch), options=options)
+    compiled = triton_compile(source, target=target, options=options)
     binary, assembly = ("cubin", "ptx") if arch.startswith("sm_") else ("hsaco", "amdgcn")
     return CompiledKernel(
         name=compiled.metadata.name,

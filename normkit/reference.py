@@ -6,8 +6,6 @@ It is an implementation like any other, the last choice on every platform, and i
 
 from __future__ import annotations
 
-import math
-
 from .arrays import Array, cast, namespace, rounded
 from .interface import Forward, Gradients, Rejected, Wanted
 from .spec import NormSpec, Problem
@@ -92,9 +90,9 @@ def backward(
         dx = cast(dh, problem.x_dtype) if wanted.dx else None
         dresidual = cast(dh, problem.residual_dtype or problem.x_dtype) if wanted.dresidual else None
     if wanted.dweight and problem.weight_dtype:
-        dweight = cast(_sum_of_rows(problem, dy * x_hat), problem.weight_dtype)
+        dweight = cast(_sum_of_rows(dy * x_hat), problem.weight_dtype)
     if wanted.dbias and problem.bias_dtype:
-        dbias = cast(_sum_of_rows(problem, dy), problem.bias_dtype)
+        dbias = cast(_sum_of_rows(dy), problem.bias_dtype)
     return Gradients(dx, dresidual, dweight, dbias)
 
 
@@ -107,8 +105,9 @@ def _dh(spec: NormSpec, dy: Array, x_hat: Array, weight: Array | None, rstd: Arr
     return dh * rstd
 
 
-def _sum_of_rows(problem: Problem, array: Array) -> Array:
-    return array.reshape(math.prod(problem.shape[:-1]), problem.hidden_size).sum(0)
+def _sum_of_rows(array: Array) -> Array:
+    # not through a reshape to one dimension of rows, for which JAX would have to gather a sharded array
+    return array.sum(tuple(range(array.ndim - 1))) if array.ndim > 1 else array
 
 
 def forward_(problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:

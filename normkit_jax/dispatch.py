@@ -26,19 +26,14 @@ def as_jax(call: Call) -> Call:
         if not isinstance(array, jax.Array | np.ndarray):
             raise DtypeError(f"{name} must be a JAX or NumPy array, got {type(array).__module__}.{type(array).__qualname__}")
     asked = [call.residual_dtype, call.out_dtype, *(array.dtype for array in call.arrays.values())]
-    if "float64" in [dtype_name(dtype) for dtype in asked if dtype is not None] and not jax.config.read(  # type: ignore[no-untyped-call]
-        "jax_enable_x64"
-    ):
+    if "float64" in [dtype_name(dtype) for dtype in asked if dtype is not None] and not jax.config.read("jax_enable_x64"):
         raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
     _check_devices(call.arrays)
-    return _varying_alike(call.with_arrays(lambda _, array: jnp.asarray(array)))
+    return call.with_arrays(lambda _, array: jnp.asarray(array))
 
 
-def _varying_alike(call: Call) -> Call:
-    """Under shard_map, let every array vary over the mesh axes that any of them varies over.
-
-    The gradient of an array that is the same on all devices is then summed over them, as with JAX's own operations.
-    """
+def varying_alike(call: Call) -> Call:
+    """Under shard_map, let every array vary over the mesh axes that any of them varies over."""
     varying = {name: jax.typeof(array).manual_axis_type.varying for name, array in call.arrays.items()}
     union = frozenset[str]().union(*varying.values())
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 
 from normkit import reference
-from normkit.arrays import Array
+from normkit.arrays import Array, cast
 from normkit.call import Call
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import Problem
@@ -18,6 +19,14 @@ from normkit.spec import Problem
 from . import dispatch, primitive
 
 jax.tree_util.register_static(Problem)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Types:
+    """Those of x, residual, weight and bias: a gradient has the type of what it is the gradient of."""
+
+    of: tuple[Any, ...]
 
 
 def norm(call: Call) -> Forward:
@@ -31,27 +40,51 @@ def norm(call: Call) -> Forward:
 def _norm(
     options: Call, x: Array, residual: Array | None, weight: Array | None, bias: Array | None
 ) -> tuple[Array, Array | None]:
-    call = options._replace(x=x, residual=residual, weight=weight, bias=bias)
+    call = dispatch.varying_alike(options._replace(x=x, residual=residual, weight=weight, bias=bias))
     problem = dispatch.problem_of(call, needs_grad=False)
-    y, residual_out, _, _ = primitive.forward(problem, options.implementation, x, residual, weight, bias)
+    y, residual_out, _, _ = primitive.forward(problem, options.implementation, *_operands(call))
     return y, residual_out
 
 
 def _norm_forward(
     options: Call, x: Array, residual: Array | None, weight: Array | None, bias: Array | None
 ) -> tuple[tuple[Array, Array | None], Any]:
-    call = options._replace(x=x, residual=residual, weight=weight, bias=bias)
+    given = options._replace(x=x, residual=residual, weight=weight, bias=bias)
+    call = dispatch.varying_alike(given)
     problem = dispatch.problem_of(call, needs_grad=True)
-    y, residual_out, mean, rstd = _forward(problem, options.implementation, x, residual, weight, bias)
-    saved = (x if residual_out is None else residual_out, weight, mean, rstd)
-    return (y, residual_out), (problem, saved)
+    y, residual_out, mean, rstd = _forward(problem, options.implementation, *_operands(call))
+    saved = (call.x if residual_out is None else residual_out, call.weight, mean, rstd)
+    types = _Types(tuple(None if array is None else jax.typeof(array) for array in _operands(given)))
+    return (y, residual_out), (problem, types, saved)
+
+
+def _operands(call: Call) -> tuple[Array, Array | None, Array | None, Array | None]:
+    return call.x, call.residual, call.weight, call.bias
 
 
 def _norm_backward(options: Call, kept: Any, cotangents: tuple[Array, Array | None]) -> tuple[Array | None, ...]:
-    problem, saved = kept
-    gradients = _backward(problem, options.implementation, Wanted.by(problem), *cotangents, *saved)
-    dx, dresidual, dweight, dbias = gradients.by_operand(problem)
-    return dx, dresidual if problem.residual_dtype else None, dweight, dbias
+    problem, types, saved = kept
+    # what is still to be summed over devices is rounded only afterwards
+    varying = _varying(jax.typeof(saved[0]))
+    summed = [name for name, of in zip(("weight", "bias"), types.of[2:], strict=True) if of and varying - _varying(of)]
+    wide = replace(problem, **dict.fromkeys((f"{name}_dtype" for name in summed), problem.compute_dtype))
+    gradients = _backward(wide, options.implementation, Wanted.by(problem), *cotangents, *saved)
+    return tuple(map(_of_type, gradients.by_operand(problem), types.of))
+
+
+def _of_type(gradient: Array | None, of: Any) -> Array | None:
+    """Return the gradient as that of an operand, which may be the same on more devices than the rows are."""
+    if gradient is None:
+        return None
+    if missing := tuple(_varying(jax.typeof(gradient)) - _varying(of)):
+        gradient = jax.lax.psum(gradient, missing)
+    if jax.typeof(gradient).sharding != of.sharding:
+        gradient = jax.reshard(gradient, of.sharding)
+    return cast(gradient, of.dtype.name)
+
+
+def _varying(of: Any) -> frozenset[str]:
+    return frozenset(of.manual_axis_type.varying)
 
 
 _norm.defvjp(_norm_forward, _norm_backward)

@@ -19,7 +19,6 @@ from normkit.spec import Problem
 
 from . import message
 from .operands import Signature, backward_signature, forward_signature
-from .target import arch_of
 
 TARGET = "triton_kernel_call_ffi"
 """The custom call that jaxlib's CUDA and ROCm plugins register."""
@@ -40,6 +39,8 @@ def supports(problem: Problem) -> Rejected | None:
         return Rejected(f"on rocm it needs jax 0.11.1 or newer, and this is {jax.__version__}")
     if not _has_triton():
         return Rejected("triton is not installed: pip install triton")
+    if not all(isinstance(size, int) for size in problem.shape):
+        return Rejected(f"its launches need sizes known while compiling, and the shape is {problem.shape}")
     return plan.supports(problem)
 
 
@@ -56,7 +57,7 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
     arrays = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     scalars = {"rows": problem.rows, "eps": problem.spec.eps, "weight_offset": problem.spec.weight_offset}
     overwrites = {"x": "y", "residual": "residual_out"} if problem.in_place else {}
-    made = _launch(plan.forward_plan(problem), problem.platform, arrays, scalars, results, overwrites)
+    made = _launch(plan.forward_plan(problem), problem.arch, arrays, scalars, results, overwrites)
     return Forward(**dict.fromkeys(results) | made)
 
 
@@ -81,12 +82,12 @@ def backward(
     scalars = {"rows": problem.rows, "rows_per_program": planned.rows_per_program, "weight_offset": problem.spec.weight_offset}
     made: dict[str, Array | None] = dict.fromkeys(results)
     for step in planned.steps:
-        made |= _launch(step, problem.platform, arrays, scalars, outputs)
+        made |= _launch(step, problem.arch, arrays, scalars, outputs)
     for name in ("dweight", "dbias"):
         if made[name] is not None:
             total = _launch(
                 planned.total,
-                problem.platform,
+                problem.arch,
                 {"partial": made[name]},
                 {"programs": planned.parts},
                 {"total": results[name]},
@@ -105,7 +106,7 @@ def _zeros(results: Mapping[str, Result]) -> dict[str, Array | None]:
 
 def _launch(
     step: plan.Step,
-    platform: str,
+    arch: str | None,
     arrays: Mapping[str, Array | None],
     scalars: Mapping[str, float],
     results: Mapping[str, Result],
@@ -117,14 +118,15 @@ def _launch(
     """
     dtypes = {name: dtype_name(array.dtype) for name, array in arrays.items() if array is not None}
     dtypes |= {name: result[1] for name, result in results.items() if result}
-    compiled = compile_step(step, dtypes, arch_of(platform))
+    assert arch, "the lowering of the primitives sets it"
+    compiled = compile_step(step, dtypes, arch)
     pointers = [name.removesuffix("_ptr") for name, kind in compiled.arguments.items() if kind.startswith("*")]
     parameters = [
         # a scalar that is not given is one of strided rows, and XLA's arrays are contiguous
         message.array() if kind.startswith("*") else message.scalar(scalars.get(name, 0), kind)
         for name, kind in compiled.arguments.items()
     ]
-    is_cuda = platform == "cuda"
+    is_cuda = arch.startswith("sm_")
     kernel = message.kernel(
         compiled.name,
         num_warps=compiled.num_warps,

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,10 @@ import jax
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from normkit.arrays import Array
+from normkit.arrays import Array, cast
 from normkit.spec import Problem
 
 from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot
@@ -50,13 +52,20 @@ def by_rows(
             )
         reduced = tuple(axis for axes in rows for axis in axes)
 
-        def local(*arrays: Array) -> tuple[Array, ...]:
+        def compute(*arrays: Array) -> list[Array]:
             own = replace(problem, shape=arrays[0].shape)
-            computed = function(own, *arrays)
-            return tuple(
-                jax.lax.psum(array, reduced) if slot.kind == PARAMETER and reduced else array
+            if not (reduced and any(slot.kind == PARAMETER for slot in results)):
+                return function(own, *arrays)
+            # the sums of each device are rounded only when they are added up
+            wide = {name: getattr(own, name) and own.compute_dtype for name in ("weight_dtype", "bias_dtype")}
+            computed = function(replace(own, **wide), *arrays)
+            return [
+                cast(jax.lax.psum(array, reduced), slot.dtype or "") if slot.kind == PARAMETER else array
                 for slot, array in zip(results, computed, strict=True)
-            )
+            ]
+
+        def local(*arrays: Array) -> tuple[Array, ...]:
+            return tuple(_local_p.bind(*arrays, compute=compute))
 
         def sharding(slot: Slot) -> NamedSharding:
             specs = {ROWS: (*rows, ()), STATISTIC: rows, PARAMETER: ((),)}
@@ -74,6 +83,36 @@ def needs_devices(primitive: Primitive) -> None:
     JAX has no public name for this; custom_partitioning itself does the same.
     """
     prim_requires_devices_during_lowering.add(primitive)
+
+
+# What a device computes of its own rows, lowered outside of any mesh. In a mesh with explicit axes JAX would write shardings
+# into it, which are of no use in a program that is partitioned already, and which XLA does not take: in the computation that
+# adds two numbers for a psum they even end the process.
+_local_p = Primitive("normkit_local")
+_local_p.multiple_results = True
+
+
+def _without_mesh() -> AbstractContextManager[None]:
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def _plain(arrays: Iterable[Any]) -> list[Any]:
+    return [jax.core.ShapedArray(array.shape, array.dtype) for array in arrays]
+
+
+def _abstract_local(*given: Any, compute: Callable[..., list[Array]]) -> list[Any]:
+    with _without_mesh():
+        return _plain(jax.eval_shape(compute, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given)))
+
+
+def _lower_local(context: Any, *arrays: Any, compute: Callable[..., list[Array]]) -> Any:
+    with _without_mesh():
+        plain = context.replace(avals_in=_plain(context.avals_in), avals_out=_plain(context.avals_out))
+        return mlir.lower_fun(compute, multiple_results=True)(plain, *arrays)
+
+
+_local_p.def_abstract_eval(_abstract_local)
+mlir.register_lowering(_local_p, _lower_local)
 
 
 def _row_axes(operand: Any) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:

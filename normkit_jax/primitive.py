@@ -19,12 +19,13 @@ from jax.interpreters import batching, mlir
 
 from normkit import reference
 from normkit.arrays import Array, cast, numpy_dtype
-from normkit.interface import Forward, Gradients, Wanted
+from normkit.interface import Forward, Gradients, Kernels, Wanted
 from normkit.spec import Problem
 
-from . import dispatch
+from . import device, dispatch
 from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot, backward_signature, forward_signature
 from .partition import by_rows, needs_devices
+from .target import arch_of
 
 # "other" stands for every platform without kernels of its own, such as tpu.
 PLATFORMS = ("cpu", "cuda", "rocm", "other")
@@ -47,24 +48,22 @@ def backward(problem: Problem, implementation: str | None, wanted: Wanted, *oper
     return Gradients(*signature.spread(results))
 
 
-def _run_forward(problem: Problem, implementation: str | None, whole: bool, *given: Array) -> list[Array]:
+def _run_forward(problem: Problem, kernels: Kernels, whole: bool, *given: Array) -> list[Array]:
     signature = forward_signature(problem)
-    kernels = dispatch.kernels_of(problem, implementation)
 
     def run(problem: Problem, *given: Array) -> list[Array]:
         return signature.made(kernels.forward(problem, **signature.named(given)))
 
-    return run(problem, *given) if whole or kernels is reference else by_rows(run, problem, signature, given)
+    return run(problem, *given) if whole else by_rows(run, problem, signature, given)
 
 
-def _run_backward(problem: Problem, implementation: str | None, whole: bool, *given: Array, wanted: Wanted) -> list[Array]:
+def _run_backward(problem: Problem, kernels: Kernels, whole: bool, *given: Array, wanted: Wanted) -> list[Array]:
     signature = backward_signature(problem, wanted)
-    kernels = dispatch.kernels_of(problem, implementation)
 
     def run(problem: Problem, *given: Array) -> list[Array]:
         return signature.made(kernels.backward(problem, wanted, **signature.named(given)))
 
-    return run(problem, *given) if whole or kernels is reference else by_rows(run, problem, signature, given)
+    return run(problem, *given) if whole else by_rows(run, problem, signature, given)
 
 
 def _batch_forward(
@@ -123,7 +122,7 @@ def _fold(
     named = signature.named(zip(given, dims, strict=True))
     for slot in signature.operands:
         array, dim = named[slot.name] or (None, None)
-        if dim is not None:
+        if array is not None and dim is not None:
             array = jnp.moveaxis(array, dim, 0)
         elif array is not None and slot.kind != PARAMETER:
             array = jnp.broadcast_to(array, (size, *array.shape))
@@ -136,9 +135,13 @@ def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., An
     """Return the rule that lowers a primitive for a platform: trace the implementation chosen for it."""
 
     def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> Any:
+        problem = replace(problem, platform=platform)
+        kernels = dispatch.kernels_of(problem, implementation)
+        if kernels is not reference:
+            problem = replace(problem, arch=arch_of(platform, device.lowered_for(context)))
         # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it.
         exported = context.module_context.lowering_parameters.for_export
-        function = partial(run, replace(problem, platform=platform), implementation, exported, **wanted)
+        function = partial(run, problem, kernels, exported or kernels is reference, **wanted)
         return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
     return rule
