@@ -10,6 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .errors import DtypeError
+
 Array = Any
 """An array of NumPy, PyTorch or JAX; within one call all arrays are of one framework."""
 
@@ -40,8 +42,11 @@ def namespace(array: Array) -> ModuleType:
     return np if framework == "numpy" else sys.modules["torch" if framework == "torch" else "jax.numpy"]
 
 
-def dtype_name(dtype: object) -> str:
-    """Return the name of a dtype of any framework, or of a string.
+def dtype_name(dtype: object, what: str = "a dtype") -> str:
+    """Return the name of a dtype of any framework, or of a string; `what` says in an error where it was given.
+
+    Raises:
+        DtypeError: it is no dtype.
 
     Example:
         >>> import numpy as np
@@ -51,7 +56,12 @@ def dtype_name(dtype: object) -> str:
     if isinstance(dtype, str):
         return dtype
     text = str(dtype)
-    return text[6:] if text.startswith("torch.") else np.dtype(dtype).name  # type: ignore[call-overload]
+    if text.startswith("torch."):
+        return text.removeprefix("torch.")
+    try:
+        return np.dtype(dtype).name  # type: ignore[call-overload]
+    except TypeError as error:
+        raise DtypeError(f"{what} must be a dtype, or the name of one of {', '.join(FLOAT_DTYPES)}; got {dtype!r}") from error
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -64,6 +74,12 @@ def cast(array: Array, name: str) -> Array:
     if framework_of(array) == "torch":
         return array.to(getattr(sys.modules["torch"], name))
     return array.astype(numpy_dtype(name), copy=False) if isinstance(array, np.ndarray) else array.astype(name)
+
+
+def rsqrt(array: Array) -> Array:
+    """Return 1 / sqrt(array). On the CPU torch's square root, and XLA's rsqrt, may be off by a unit in the last place."""
+    xp = namespace(array)
+    return xp.rsqrt(array) if framework_of(array) == "torch" else 1 / xp.sqrt(array)
 
 
 def rounded(array: Array, name: str) -> Array:

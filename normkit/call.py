@@ -51,20 +51,25 @@ class Call(NamedTuple):
         arrays: dict[str, Any] = {name: function(name, array) for name, array in self.arrays.items()}
         return self._replace(**arrays)
 
-    def problem(self, operand: Callable[[Array], Operand], **facts: Any) -> Problem:
+    def dtypes(self) -> dict[str, str | None]:
+        """Return residual_dtype and out_dtype by name."""
+        asked = {"residual_dtype": self.residual_dtype, "out_dtype": self.out_dtype}
+        return {name: None if dtype is None else dtype_name(dtype, name) for name, dtype in asked.items()}
+
+    def problem(self, operand: Callable[[str, Array], Operand], **facts: Any) -> Problem:
         """Validate the call and describe it.
 
         Args:
-            operand: gives an array's shape, dtype name and device.
+            operand: gives shape, dtype name and device of the array of that name.
             **facts: what the front end knows besides: platform, arch, layout, needs_grad.
         """
+        operands: dict[str, Any] = {name: operand(name, array) for name, array in self.arrays.items()}
+        dtypes: dict[str, Any] = self.dtypes()
         return describe(
             NormSpec(self.kind, self.eps, self.weight_offset, self.rounding),
-            operand(self.x),
-            *(array if array is None else operand(array) for array in (self.residual, self.weight, self.bias)),
+            **operands,
+            **dtypes,
             returns_residual=self.returns_residual,
-            residual_dtype=None if self.residual_dtype is None else dtype_name(self.residual_dtype),
-            out_dtype=None if self.out_dtype is None else dtype_name(self.out_dtype),
             in_place=self.function.endswith("_"),
             **facts,
         )

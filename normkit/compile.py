@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -113,9 +114,9 @@ def _compile(
     from . import kernels
 
     target = _target(arch)
-    kernel = getattr(kernels, kernel_name)
-    signature, constants, attributes = _signature(kernel.arg_names, dict(step_constants), dict(dtypes))
-    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    kernel = getattr(kernels, step.kernel)
+    signature, constants, attributes = _signature(kernel.arg_names, step.constants, dtypes)
+    options: dict[str, Any] = {"num_warps": step.num_warps, "enable_fp_fusion": True}
     if arch.startswith("sm_"):
         # the oldest PTX that knows the architecture, so that any driver's or framework's assembler can read it
         options["ptx_version"] = 87 if int(arch[3:]) >= 100 else 80
@@ -161,10 +162,8 @@ def _signature(
 def _target(arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
-    if arch.startswith("sm_") and arch[3:].isdigit():
+    if re.fullmatch(r"sm_\d{2,3}", arch):
         return GPUTarget("cuda", int(arch[3:]), 32)
-    if arch.startswith("gfx9"):
-        return GPUTarget("hip", arch, 64)
-    if arch.startswith("gfx"):
-        return GPUTarget("hip", arch, 32)
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", arch):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     raise OptionError(f"arch={arch!r} is not known: an NVIDIA one is written like sm_90, an AMD one like gfx942")

@@ -13,6 +13,7 @@ from .arrays import Array, framework_of
 from .call import Call, bind
 from .errors import DtypeError
 from .implementations import TABLE
+from .interface import Forward
 from .registry import Verdict
 from .spec import Operand
 
@@ -223,10 +224,12 @@ def compute(call: Call) -> Any:
     problem = call.problem(_operand)
     kernels = registry.select(problem, TABLE, call.implementation).load()
     with np.errstate(all="ignore"):  # infinities and NaN propagate in silence, as in the other frameworks
-        return call.result(kernels.forward(problem, call.x, call.residual, call.weight, call.bias))
+        y, residual_out, mean, rstd = kernels.forward(problem, call.x, call.residual, call.weight, call.bias)
+    residual_out = None if residual_out is None else np.ascontiguousarray(residual_out)
+    return call.result(Forward(np.ascontiguousarray(y), residual_out, mean, rstd))
 
 
-def _operand(array: Array) -> Operand:
+def _operand(name: str, array: Array) -> Operand:
     return Operand(array.shape, array.dtype.name)
 
 

@@ -21,7 +21,8 @@ class Forward(NamedTuple):
     Attributes:
         y: the normalised rows, of problem.shape and problem.out_dtype.
         residual_out: of problem.residual_out_dtype; None where that is None.
-        mean: one value per row, of shape problem.shape[:-1] and the compute dtype; only for LayerNorm, and where needed.
+        mean: one value per row, of shape problem.shape[:-1] and the compute dtype; only for LayerNorm, and where a backward
+            may follow: then the mean of h as it is handed on, which is what the backward pass has.
         rstd: the same, for 1 / sqrt(mean((h - mean)^2) + eps).
     """
 

@@ -56,6 +56,21 @@ def row_layout(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> RowLay
     return min(candidates, key=lambda layout: layout.strides.count(None))
 
 
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two elements of an array may lie in one place, as in an expanded array.
+
+    Example:
+        >>> overlaps_itself((4, 8), (8, 1)), overlaps_itself((4, 8), (0, 1)), overlaps_itself((4, 8), (4, 1))
+        (False, True, True)
+    """
+    extent = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, strides, strict=True) if size > 1):
+        if step < extent:
+            return 0 not in shape
+        extent = step * (size - 1) + extent
+    return False
+
+
 def _nest(shape: Sequence[int], own: Sequence[int], split: int) -> RowStrides | None:
     if own[-1] != 1 and shape[-1] != 1:
         return None

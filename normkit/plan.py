@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .arrays import numpy_dtype
 from .interface import Rejected, Wanted
 from .spec import Problem
 
@@ -16,17 +17,20 @@ from .spec import Problem
 TILE_ELEMENTS = 2048
 MAX_THREADS = 1024
 # The longest rows that a program can hold in registers without spilling on any of sm_80, sm_90, sm_100, gfx942 and gfx950
-# (found by compiling; tests/ahead_of_time keeps it so). The forward holds h; the backward dy, x_hat and two sums.
-FORWARD_LONGEST_ROW = 32768
+# (found by compiling; tests/test_ahead_of_time.py keeps it so). The forward holds h while it loads x, residual and weight: the
+# widest of them decides, in bytes. The backward holds dy, x_hat and two sums, and what it reads of a row: dy, h, dresidual_out.
+FORWARD_LONGEST_BYTES = 65536
 BACKWARD_LONGEST_ROW = 8192
+BACKWARD_LONGEST_BYTES = 81920
 # Longer rows are read in blocks of this many elements: two programs then share a multiprocessor, so that one reads while the
 # other reduces.
 LONG_ROW_BLOCK = 8192
 # Parts that the rows are dealt to in the backward pass: enough for every multiprocessor of any GPU to have several, few
 # enough that the partial sums are small beside the rows themselves.
 MAX_PARTS = 512
-# Columns that one program sums in `backward_columns`, and the tile of `sum_partials`.
-COLUMNS = 256
+# Columns that each thread of the one warp of a `backward_columns` program sums: a 128-bit load of 16-bit elements.
+COLUMNS_PER_THREAD = 8
+# The tile of `sum_partials`.
 PARTIALS_TILE = (16, 128)
 
 
@@ -91,7 +95,7 @@ def forward_plan(problem: Problem) -> Step:
         "CONTIGUOUS": problem.layout == "contiguous",
         "IN_PLACE": problem.in_place,
     }
-    block = _block(problem, FORWARD_LONGEST_ROW)
+    block = _block(problem, FORWARD_LONGEST_BYTES // max(map(_bytes, problem.dtypes)))
     if block.whole_rows:
         constants |= {"BLOCK_M": block.rows, "BLOCK_N": block.columns}
         return Step("forward_rows", (_ceil(problem.rows, block.rows),), constants, block.num_warps)
@@ -112,10 +116,10 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
         "SUBTRACT_MEAN": problem.spec.subtract_mean,
         "CONTIGUOUS": problem.layout == "contiguous",
     }
-    block = _block(problem, BACKWARD_LONGEST_ROW)
+    read = sum(map(_bytes, (problem.out_dtype, problem.h_dtype, problem.residual_out_dtype)))
+    block = _block(problem, min(BACKWARD_LONGEST_ROW, BACKWARD_LONGEST_BYTES // read))
     rows_per_program = max(block.rows, _ceil(problem.rows, MAX_PARTS * block.rows) * block.rows)
     parts = _ceil(problem.rows, rows_per_program)
-    columns = _ceil(problem.hidden_size, COLUMNS)
     if block.whole_rows:
         shape: dict[str, int | str | bool] = {"BLOCK_M": block.rows, "BLOCK_N": block.columns}
         steps: tuple[Step, ...] = (Step("backward_rows", (parts,), constants | shape, block.num_warps),)
@@ -124,8 +128,9 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
         if wanted.dx or wanted.dresidual:
             steps += (Step("backward_long", (problem.rows,), constants | {"BLOCK_N": block.columns}, block.num_warps),)
         if wanted.dweight or wanted.dbias:
-            warps = _num_warps(problem, COLUMNS)
-            steps += (Step("backward_columns", (parts, columns), constants | {"BLOCK_N": COLUMNS}, warps),)
+            columns = COLUMNS_PER_THREAD * _warp_size(problem)
+            grid = (parts, _ceil(problem.hidden_size, columns))
+            steps += (Step("backward_columns", grid, constants | {"BLOCK_N": columns}, num_warps=1),)
     tile_rows, tile_columns = PARTIALS_TILE
     total = Step(
         "sum_partials",
@@ -154,9 +159,16 @@ def _block(problem: Problem, longest_row: int) -> _Block:
 
 def _num_warps(problem: Problem, elements: int) -> int:
     """Return enough warps that a thread has 16 elements (two to four 128-bit loads of each operand) while there are threads."""
-    warp_size = 64 if problem.platform == "rocm" else 32
-    threads = min(MAX_THREADS, max(warp_size, elements // 16))
-    return threads // warp_size
+    threads = min(MAX_THREADS, max(_warp_size(problem), elements // 16))
+    return threads // _warp_size(problem)
+
+
+def _warp_size(problem: Problem) -> int:
+    return 64 if problem.platform == "rocm" else 32
+
+
+def _bytes(dtype: str | None) -> int:
+    return 0 if dtype is None else numpy_dtype(dtype).itemsize
 
 
 def _next_power_of_2(number: int) -> int:

@@ -6,7 +6,9 @@ It is an implementation like any other, the last choice on every platform, and i
 
 from __future__ import annotations
 
-from .arrays import Array, cast, namespace, rounded
+import math
+
+from .arrays import Array, cast, namespace, rounded, rsqrt
 from .interface import Forward, Gradients, Rejected, Wanted
 from .spec import NormSpec, Problem
 
@@ -40,8 +42,11 @@ def scale_and_shift(problem: Problem, x_hat: Array, weight: Array | None, bias: 
     if weight is not None:
         y = y * effective_weight(problem.spec, cast(weight, problem.compute_dtype))
     if bias is not None:
-        y = y + cast(bias, problem.compute_dtype)
-    return cast(y, problem.out_dtype)
+        y = y + cast(bias, compute)
+    if problem.needs_grad and spec.rounding in (None, "sum"):
+        # the backward pass has the rounded h, and needs the statistics of just that
+        mean, rstd = statistics(spec, stored)
+    return Forward(cast(y, problem.out_dtype), residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
 
 
 def statistics(spec: NormSpec, h: Array) -> tuple[Array | None, Array]:
@@ -49,7 +54,7 @@ def statistics(spec: NormSpec, h: Array) -> tuple[Array | None, Array]:
     xp = namespace(h)
     mean = xp.mean(h, axis=-1, keepdims=True) if spec.subtract_mean else None
     centred = h if mean is None else h - mean
-    return mean, 1 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + spec.eps)
+    return mean, rsqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + spec.eps)
 
 
 def effective_weight(spec: NormSpec, weight: Array) -> Array:

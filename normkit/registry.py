@@ -82,17 +82,27 @@ def select(problem: Problem, table: Sequence[Implementation], implementation: st
                 return candidate
         reasons = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in explain(problem, table))
         raise UnsupportedError(f"no implementation computes this problem: {reasons}")
+    asked = find(table, implementation)
+    reason = _rejected(problem, asked)
+    if reason is not None:
+        others = [verdict.name for verdict in explain(problem, table) if verdict.accepted]
+        raise UnsupportedError(
+            f"implementation={implementation!r} cannot compute this: {reason}; "
+            f"implementation=None would take {others[0] if others else 'none either'}"
+        )
+    return asked
+
+
+def find(table: Sequence[Implementation], name: str) -> Implementation:
+    """Return the implementation of that name.
+
+    Raises:
+        OptionError: there is none.
+    """
     for candidate in table:
-        if candidate.name == implementation:
-            reason = _rejected(problem, candidate)
-            if reason is not None:
-                others = [verdict.name for verdict in explain(problem, table) if verdict.accepted]
-                raise UnsupportedError(
-                    f"implementation={implementation!r} cannot compute this: {reason}; "
-                    f"implementation=None would take {others[0] if others else 'none either'}"
-                )
+        if candidate.name == name:
             return candidate
     names = [candidate.name for candidate in table]
-    close = difflib.get_close_matches(str(implementation), names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise OptionError(f"implementation={implementation!r} is not one of {', '.join(map(repr, names))}{hint}")
+    raise OptionError(f"implementation={name!r} is not one of {', '.join(map(repr, names))}{hint}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 from .arrays import FLOAT_DTYPES
@@ -46,8 +47,9 @@ class NormSpec:
             raise OptionError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
         for name in ("eps", "weight_offset"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not isinstance(value, Real) or not math.isfinite(value):
                 raise OptionError(f"{name} must be a finite number, got {value!r}")
+            object.__setattr__(self, name, float(value))
         if self.eps < 0:
             raise OptionError(f"eps is added to a mean square inside a root and must be at least 0, got {self.eps!r}")
         if self.rounding not in (None, *ROUNDINGS):

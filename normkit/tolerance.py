@@ -108,9 +108,7 @@ def expected_backward(
     """
     unit = UNIT_ROUNDOFF[problem.compute_dtype]
     h, dy = _float64(h), _float64(dy)
-    # The forward's statistics may come from the unrounded sum, while h is the rounded one.
-    rounds = problem.residual_out_dtype is not None and problem.spec.rounding in (None, "sum")
-    row = _statistics(problem, h, unit + (UNIT_ROUNDOFF[problem.h_dtype] if rounds else 0.0))
+    row = _statistics(problem, h, 0.0)
     x_hat, x_hat_error = row.centred * row.rstd, row.x_hat_error(0.0)
     dh, dh_error = _dh(problem, row, x_hat, x_hat_error, dy * _gain(problem, weight))
     if dresidual_out is not None:
@@ -162,7 +160,13 @@ class _Statistics:
         """Bound on the error of (h - mean) rstd, from that of h."""
         subtracted = self.unit * np.abs(self.centred) * (self.mean_error > 0)
         x_hat: FloatArray = np.abs(self.centred * self.rstd)
-        return self.rstd * (h_error + self.mean_error + subtracted) + x_hat * (self.rstd_error + self.unit)
+        return self.rstd * (h_error + self.mean_error + subtracted) + _product(x_hat, self.rstd_error + self.unit)
+
+
+def _product(value: FloatArray, relative: FloatArray) -> FloatArray:
+    """Return the error of a value from a relative one, which may be infinite: that of 0 is 0 all the same."""
+    shape = np.broadcast_shapes(value.shape, relative.shape)
+    return np.multiply(value, relative, out=np.zeros(shape), where=value > 0)
 
 
 def _statistics(problem: Problem, h: FloatArray, h_error: float) -> _Statistics:
@@ -198,7 +202,8 @@ def _dh(
         mean = np.mean(g, axis=-1, keepdims=True)
         inner = inner - mean
         error = error + (summing + 3 * unit) * np.mean(np.abs(g), axis=-1, keepdims=True) + unit * np.abs(mean)
-    return inner * row.rstd, row.rstd * error + np.abs(inner * row.rstd) * (row.rstd_error + unit)
+    dh = inner * row.rstd
+    return dh, row.rstd * error + _product(np.abs(dh), row.rstd_error + unit)
 
 
 def _expectation(value: FloatArray, error: FloatArray, dtype: str) -> Expectation:

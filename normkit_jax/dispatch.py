@@ -25,8 +25,10 @@ def as_jax(call: Call) -> Call:
     for name, array in call.arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
             raise DtypeError(f"{name} must be a JAX or NumPy array, got {type(array).__module__}.{type(array).__qualname__}")
-    asked = [call.residual_dtype, call.out_dtype, *(array.dtype for array in call.arrays.values())]
-    if "float64" in [dtype_name(dtype) for dtype in asked if dtype is not None] and not jax.config.read("jax_enable_x64"):
+    asked = [*call.dtypes().values(), *(dtype_name(array.dtype) for array in call.arrays.values())]
+    if "float64" in asked and not jax.config.read(  # type: ignore[no-untyped-call]
+        "jax_enable_x64"
+    ):
         raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
     _check_devices(call.arrays)
     return call.with_arrays(lambda _, array: jnp.asarray(array))
@@ -56,7 +58,7 @@ def _check_devices(arrays: dict[str, Any]) -> None:
             raise DeviceError(f"{name} is on {devices} and {first} on {expected}: move them with jax.device_put")
 
 
-def operand(array: Array) -> Operand:
+def operand(name: str, array: Array) -> Operand:
     """Describe an array; its device was checked before."""
     return Operand(array.shape, dtype_name(array.dtype))
 

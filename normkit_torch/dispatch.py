@@ -3,35 +3,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from normkit import layout, registry
 from normkit.arrays import FLOAT_DTYPES, dtype_name
 from normkit.call import Call
-from normkit.errors import DtypeError, OptionError
+from normkit.errors import DtypeError
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import Operand, Problem
 
 from . import device
 from .implementations import TABLE
+from .memory import check_in_place
 
 _NAMES = {getattr(torch, name): name for name in FLOAT_DTYPES}
 
 
-def operand(tensor: Tensor) -> Operand:
-    """Describe a tensor."""
+def operand(name: str, tensor: Tensor) -> Operand:
+    """Describe a tensor.
+
+    Raises:
+        DtypeError: it is not a tensor, or not a dense one.
+    """
     if not isinstance(tensor, Tensor):
-        raise DtypeError(f"expected a torch.Tensor like the other arrays of the call, got {type(tensor).__qualname__}")
+        raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__}")
+    if tensor.layout is not torch.strided:
+        raise DtypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}; to_dense() makes it one")
     return Operand(tuple(tensor.shape), _NAMES.get(tensor.dtype) or dtype_name(tensor.dtype), tensor.device)
 
 
 def problem_of(call: Call, needs_grad: bool) -> Problem:
     """Validate a call and describe it, with what the tensors' device and strides say."""
-    if not isinstance(call.x, Tensor):
-        operand(call.x)
+    for name, tensor in call.arrays.items():
+        operand(name, tensor)
     platform, arch = device.platform_of(call.x.device)
-    rows = [tensor for tensor in (call.x, call.residual) if isinstance(tensor, Tensor)]
+    rows = [tensor for tensor in (call.x, call.residual) if tensor is not None]
     return call.problem(operand, platform=platform, arch=arch, layout=layout_of(rows), needs_grad=needs_grad)
 
 
@@ -57,19 +66,11 @@ def forward(call: Call, needs_grad: bool) -> Forward:
 def forward_(call: Call) -> None:
     """Choose an implementation and compute in place."""
     problem = problem_of(call, needs_grad=False)
-    written: list[Tensor] = [call.x, call.residual]  # type: ignore[list-item]  # describing the call saw to it
-    _check_memory(*written)
+    check_in_place(call)
     kernels = registry.select(problem, TABLE, call.implementation).load()
     kernels.forward_(problem, call.x, call.residual, call.weight, call.bias)
+    written: list[Any] = [call.x, call.residual]
     torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
-
-
-def _check_memory(x: Tensor, residual: Tensor) -> None:
-    for name, tensor in (("x", x), ("residual", residual)):
-        if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise OptionError(f"in place, {name} is written to, and an expanded tensor has one element in several places")
-    if x.numel() and x.data_ptr() == residual.data_ptr():
-        raise OptionError("in place, x and residual are both written to and must not share memory")
 
 
 def backward(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit import reference, registry
+from normkit import registry
 from normkit.call import Call, bind
-from normkit.errors import OptionError, UnsupportedError
 from normkit.registry import Verdict
 
-from . import dispatch, operators
+from . import dispatch
 from .implementations import TABLE
+from .route import compute, needs_grad
 
 
 def rms_norm(
@@ -256,53 +256,4 @@ def explain(function: str, x: Tensor, *arrays: Tensor | None, **options: Any) ->
         reference True computes this on cpu
     """
     call = bind(globals(), function, x, *arrays, **options)
-    return registry.explain(dispatch.problem_of(call, _needs_grad(call)), TABLE)
-
-
-def compute(call: Call) -> Any:
-    """Compute a call: at once in plain eager code, through the operators where autograd or a tracer must see it."""
-    needs_grad = _needs_grad(call)
-    in_place = call.function.endswith("_")
-    if in_place and needs_grad:
-        raise OptionError(
-            f"{call.function} overwrites its inputs, and one of them requires a gradient: "
-            f"use {call.function[:-1]}, or torch.no_grad()"
-        )
-    if torch._C._are_functorch_transforms_active():
-        return _under_transform(call, in_place)
-    if needs_grad or not _is_plain(call):
-        return operators.norm_(call) if in_place else operators.norm(call, needs_grad)
-    if not in_place:
-        return call.result(dispatch.forward(call, needs_grad=False))
-    dispatch.forward_(call)
-    return call.x, call.residual
-
-
-def _under_transform(call: Call, in_place: bool) -> Any:
-    """Compute by the reference, whose operations torch.func can transform; it cannot transform an operator with autograd."""
-    if in_place or call.implementation not in (None, "reference"):
-        asked = call.function if in_place else f"implementation={call.implementation!r}"
-        raise UnsupportedError(
-            f"{asked} cannot be used under torch.func transforms: they go through the reference, functionally"
-        )
-    problem = call.problem(dispatch.operand)
-    return call.result(reference.forward(problem, call.x, call.residual, call.weight, call.bias))
-
-
-def _needs_grad(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (call.x, call.residual, call.weight, call.bias)
-    )
-
-
-def _is_plain(call: Call) -> bool:
-    """Whether nothing but this function needs to know of the call: no tracer, no dispatch mode, no tensor subclass."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or any(
-            type(tensor) not in (Tensor, torch.nn.Parameter)
-            for tensor in (call.x, call.residual, call.weight, call.bias)
-            if tensor is not None
-        )
-    )
+    return registry.explain(dispatch.problem_of(call, needs_grad(call)), TABLE)

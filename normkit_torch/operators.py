@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit import reference
+from normkit import reference, registry
 from normkit.arrays import dtype_name
 from normkit.call import Call
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
 from . import device, dispatch
+from .implementations import TABLE
 
 _OPTIONS = (
     "str function, float eps, float weight_offset, str? rounding, str? residual_dtype, str? out_dtype, str? implementation"
@@ -54,13 +55,16 @@ def norm_(call: Call) -> Any:
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:
-    for tensor in call.arrays.values():
-        dispatch.operand(tensor)
-    residual_dtype = None if call.residual_dtype is None else dtype_name(call.residual_dtype)
-    out_dtype = None if call.out_dtype is None else dtype_name(call.out_dtype)
+    for name, tensor in call.arrays.items():
+        dispatch.operand(name, tensor)
+    if not torch.compiler.is_compiling():
+        # what the operator's schema would refuse with an error of its own
+        NormSpec(call.kind, call.eps, call.weight_offset, call.rounding)
+        if call.implementation is not None:
+            registry.find(TABLE, call.implementation)
     tensors = (call.x, call.residual, call.weight, call.bias)
-    options = (call.function, call.eps, call.weight_offset, call.rounding, residual_dtype, out_dtype, call.implementation)
-    return tensors + options
+    options = (call.function, call.eps, call.weight_offset, call.rounding)
+    return tensors + options + (*call.dtypes().values(), call.implementation)
 
 
 def _pack(like: Tensor, results: Iterable[Tensor | None]) -> Four:

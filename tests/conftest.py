@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 _ran: Counter[tuple[str, str, str]] = Counter()
 _refused: Counter[tuple[str, str, str]] = Counter()
+_elsewhere: dict[str, str] = {}
 
 
 class Ledger:
@@ -31,6 +32,10 @@ class Ledger:
 
     def refused(self, framework: str, implementation: str, reason: str) -> None:
         _refused[framework, implementation, reason] += 1
+
+    def elsewhere(self, process: str, summary: str) -> None:
+        """Tests that ran in a process of their own, and the summary that it printed."""
+        _elsewhere[process] = summary
 
 
 @pytest.fixture
@@ -62,3 +67,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"ran      {framework:6} {implementation:10} {what:9} {count}")
     for (framework, implementation, reason), count in sorted(_refused.items()):
         terminalreporter.write_line(f"refused  {framework:6} {implementation:10} {count} x {reason}")
+    for process, summary in _elsewhere.items():
+        terminalreporter.section(process)
+        terminalreporter.write_line(summary)

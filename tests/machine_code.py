@@ -6,16 +6,18 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from normkit.compile import CompiledKernel
+from normkit.arrays import numpy_dtype
+from normkit.compile import CompiledKernel, compile_step
 from normkit.plan import Step
 
-ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # The largest shared memory of one program, in bytes: NVIDIA's compute capability tables (what a kernel may opt in to), AMD's
 # instruction set manuals (LDS of one workgroup).
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
+_REGISTERS_PER_PROGRAM, _REGISTERS_PER_THREAD = 65_536, 255
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b")
 _PTX_PARAMETER = re.compile(r"\.param \.([busf]\d+)")
 _PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
@@ -30,24 +32,54 @@ class Accesses(NamedTuple):
     narrow: int
 
 
-def accesses(kernel: CompiledKernel) -> dict[str, Accesses]:
-    """Return the "load" and the "store" accesses of a kernel."""
+class Measured(NamedTuple):
+    """One kernel's machine code in numbers. `forced` and `chosen` are bytes, or values, kept in memory for want of registers:
+    because a program may not have more of them, or because the assembler would rather run more programs at once."""
+
+    forced: int
+    chosen: int
+    load: Accesses
+    store: Accesses
+    shared: int
+    parameters: list[str]
+    expected_parameters: list[str]
+
+
+def measure(step: Step, dtypes: Mapping[str, str | None], arch: str) -> Measured:
+    """Compile one step and measure it."""
+    kernel = compile_step(step, dtypes, arch)
+    forced, chosen = _spills(kernel)
+    load, store = accesses(kernel.arch, kernel.assembly)
+    assert kernel.num_warps == step.num_warps
+    assert kernel.arch == arch
+    if arch.startswith("gfx"):
+        return Measured(forced, chosen, load, store, kernel.shared, [], [])
+    entry = _only(rf"\.entry {kernel.name}\((.*?)\)", kernel.assembly)
+    # the last two are Triton's own, for scratch memory
+    expected = [_PTX_TYPES.get(kind, "u64") for kind in kernel.arguments.values()] + ["u64", "u64"]
+    given = [kind if kind != "b32" else "f32" for kind in _PTX_PARAMETER.findall(entry)]
+    return Measured(forced, chosen, load, store, kernel.shared, given, expected)
+
+
+def accesses(arch: str, assembly: str) -> tuple[Accesses, Accesses]:
+    """Return the loads and the stores of a kernel, from its assembly."""
     sizes: dict[str, list[int]] = {"load": [], "store": []}
-    if kernel.arch.startswith("sm_"):
-        for kind, vector, bits in _PTX_ACCESS.findall(kernel.assembly):
+    if arch.startswith("sm_"):
+        for kind, vector, bits in _PTX_ACCESS.findall(assembly):
             sizes["load" if kind == "ld" else "store"].append(int(vector or 1) * int(bits) // 8)
     else:
-        for kind, suffix in _GCN_ACCESS.findall(kernel.assembly):
+        for kind, suffix in _GCN_ACCESS.findall(assembly):
             sizes[kind].append(_GCN_SIZES[re.sub(r"_d16(_hi)?$", "", suffix)])
-    wide = {kind: sum(size for size in found if size >= 16) for kind, found in sizes.items()}
-    return {kind: Accesses(wide[kind], sum(size < 16 for size in found)) for kind, found in sizes.items()}
+    load, store = (
+        Accesses(sum(size for size in found if size >= 16), sum(size < 16 for size in found)) for found in sizes.values()
+    )
+    return load, store
 
 
-def spills(kernel: CompiledKernel) -> dict[str, int]:
-    """Return each number that says that registers did not suffice; all are 0 in a kernel that does not spill."""
+def _spills(kernel: CompiledKernel) -> tuple[int, int]:
     if kernel.arch.startswith("gfx"):
         names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        return {name: int(_only(rf"\.{name}:\s*(\d+)", kernel.assembly)) for name in names}
+        return sum(int(_only(rf"\.{name}:\s*(\d+)", kernel.assembly)) for name in names), 0
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -55,39 +87,32 @@ def spills(kernel: CompiledKernel) -> dict[str, int]:
         file.write(kernel.binary)
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(_only(rf"\b{name}:(\d+)", usage.stdout + usage.stderr)) for name in ("STACK", "LOCAL")}
+    registers, stack, local = (
+        int(_only(rf"\b{name}:(\d+)", usage.stdout + usage.stderr)) for name in ("REG", "STACK", "LOCAL")
+    )
+    available = min(_REGISTERS_PER_THREAD, _REGISTERS_PER_PROGRAM // (32 * kernel.num_warps))
+    return (stack + local, 0) if registers >= available else (0, stack + local)
 
 
-def parameters(kernel: CompiledKernel) -> list[str]:
-    """Return the types of an NVIDIA kernel's parameters: u64, u32, f32."""
-    entry = _only(rf"\.entry {kernel.name}\((.*?)\)", kernel.assembly)
-    return [kind.replace("b", "u") if kind != "b32" else "f32" for kind in _PTX_PARAMETER.findall(entry)]
-
-
-def expected_parameters(kernel: CompiledKernel) -> list[str]:
-    """Return the same as a record's arguments say; the two last are Triton's own, for scratch memory."""
-    return [_PTX_TYPES.get(kind, "u64") for kind in kernel.arguments.values()] + ["u64", "u64"]
-
-
-def block_bytes(step: Step, dtypes: dict[str, str | None]) -> dict[str, int]:
-    """Return the bytes of one block's rows that a program loads and stores, once for each place in the kernel's source."""
-    places = {
+def row_bytes(step: Step, dtypes: Mapping[str, str | None]) -> dict[str, int]:
+    """Return the bytes of rows that a program loads and stores, counted once for each place in the kernel's source."""
+    passes = 2 if int(step.constants["HIDDEN"]) > int(step.constants["BLOCK_N"]) else 1
+    with_dh = bool(dtypes.get("dx") or dtypes.get("dresidual"))
+    places: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "forward_rows": (("x", "residual"), ("y", "residual_out")),
-        "forward_long": (("x", "residual") * 2, ("y", "residual_out")),
-        "backward_rows": (("dy", "h", "dresidual_out"), ("dx", "dresidual")),
-        "backward_long": (("dy", "h") * 2 + ("dresidual_out",), ("dx", "dresidual")),
-        "backward_columns": (("dy", "h"), ()),
+        "forward_long": (("x", "residual") * passes, ("y", "residual_out")),
+        "backward_rows": (("dy", "h") + ("dresidual_out",) * with_dh, ("dx", "dresidual")),
+        "backward_long": (("dy", "h") * passes + ("dresidual_out",), ("dx", "dresidual")),
+        "backward_columns": (("dy", "h"), ("dweight", "dbias")),
         "sum_partials": (("partial",), ()),
     }
-    loaded, stored = places[step.kernel]
-    if step.kernel == "backward_rows" and not (dtypes["dx"] or dtypes["dresidual"]):
-        loaded = ("dy", "h")
     # of a block wider than the row, the compiler leaves out what is masked in every thread
     columns = min(int(step.constants["BLOCK_N"]), int(step.constants["HIDDEN"]))
-    elements = int(step.constants.get("BLOCK_M", 1)) * columns
+    rows = int(step.constants.get("BLOCK_M", 1))
+    loaded, stored = places[step.kernel]
 
     def total(names: tuple[str, ...]) -> int:
-        return sum(elements * ITEM_SIZES[dtype] for dtype in map(dtypes.get, names) if dtype is not None)
+        return sum(rows * columns * numpy_dtype(dtype).itemsize for dtype in map(dtypes.get, names) if dtype is not None)
 
     return {"load": total(loaded), "store": total(stored)}
 

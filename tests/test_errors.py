@@ -30,7 +30,7 @@ NORMAL = np.random.default_rng(7).standard_normal
 def arrays_of_a_call() -> dict[str, NumpyArray | None]:
     """Arrays that go well together."""
     shapes = {"x": (3, 8), "residual": (3, 8), "weight": (8,), "bias": (8,)}
-    return {name: NORMAL(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: np.asarray(NORMAL(shape), np.float32) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Bad:
 
     def concerns(self, function: str) -> bool:
         adds, in_place = function.startswith("add_"), function.endswith("_")
-        if "residual" in self.arrays and not adds:
+        if self.arrays.keys() == {"residual"} and not adds:
             return False
-        return not (in_place and {"out_dtype", "residual_dtype"} & self.options.keys())
+        return not (in_place and "out_dtype" in self.options)
 
 
 def _shape(name: str, shape: tuple[int, ...], **others: NumpyArray | None) -> Bad:
     expected = "(3, 8)" if name == "residual" else "(8,)"
-    return Bad(ShapeError, (name, expected, str(shape)), {name: NORMAL(shape).astype(np.float32)} | others)
+    return Bad(ShapeError, (name, expected, str(shape)), others | {name: NORMAL(shape).astype(np.float32)})
 
 
 def _option(error: type[NormkitError], name: str, value: Any, *says: str) -> Bad:
@@ -60,8 +60,12 @@ def _option(error: type[NormkitError], name: str, value: Any, *says: str) -> Bad
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 SHAPES = {
-    "x without dimensions": Bad(ShapeError, ("x", "()", "dimension"), {"x": np.ones((), np.float32), "residual": None}),
-    "hidden size 0": Bad(ShapeError, ("x", "(3, 0)", "at least 1"), {"x": np.ones((3, 0), np.float32), "residual": None}),
+    "x without dimensions": Bad(
+        ShapeError, ("x", "()", "dimension"), {"x": np.ones((), np.float32), "residual": np.ones((), np.float32)}
+    ),
+    "hidden size 0": Bad(
+        ShapeError, ("x", "(3, 0)", "at least 1"), {"x": np.ones((3, 0), np.float32), "residual": np.ones((3, 0), np.float32)}
+    ),
     "weight longer": _shape("weight", (9,)),
     "weight shorter": _shape("weight", (7,)),
     "weight of one": _shape("weight", (1,)),
@@ -143,20 +147,20 @@ def refused(framework: Framework, how: str, function: str, arrays: dict[str, Any
     for part in bad.says:
         assert part in str(caught.value)
     for name, array in arrays.items():
-        np.testing.assert_array_equal(framework.numpy(array), before[name])  # type: ignore[arg-type]
+        np.testing.assert_array_equal(framework.numpy(array), before[name])
 
 
 @EACH_WAY
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("function", FUNCTIONS + IN_PLACE)
-def test_bad_call(framework: Framework, how: str, function: str, name: str, selected: list[str]) -> None:
+def test_bad_call(framework: Framework, how: str, name: str, selected: list[str]) -> None:
     bad = BAD[name]
-    if not bad.concerns(function) or (how == "explain" and "implementation" in bad.options):
-        return
-    if function in IN_PLACE and (framework.name != "torch" or how == "gradient" or bad.arrays.get("residual", bad) is None):
-        return
-    arrays = {name: framework.array(array) for name, array in (arrays_of_a_call() | bad.arrays).items()}
-    refused(framework, how, function, arrays, bad)
+    if how == "explain" and "implementation" in bad.options:
+        return  # it judges every implementation, whichever is asked for
+    in_place = IN_PLACE if framework.name == "torch" and how != "gradient" else ()
+    for function in (*FUNCTIONS, *in_place):
+        if bad.concerns(function):
+            arrays = {name: framework.array(array) for name, array in (arrays_of_a_call() | bad.arrays).items()}
+            refused(framework, how, function, arrays, bad)
     assert not selected, "nothing may be chosen, let alone run, for a call that is wrong"
 
 
@@ -176,7 +180,7 @@ def test_dtype_that_is_not_supported(framework: Framework, how: str, operand: st
         arrays[operand] = framework.array(np.ones_like(arrays_of_a_call()[operand], dtype=numpy_dtype))
     for function in FUNCTIONS:
         if operand != "residual" or function.startswith("add_"):
-            with pytest.raises(DtypeError, match=rf"^{operand} .*float32, bfloat16, float16, float64.*got {dtype}$"):
+            with pytest.raises(DtypeError, match=rf"^{operand} .*float32, bfloat16, float16, float64.*got {dtype}(\n|$)"):
                 _called(framework, how)(function, *positional(function, arrays))
 
 
@@ -221,7 +225,7 @@ def test_what_is_not_an_array_of_the_framework(framework: Framework, operand: st
 
 @pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=FRAMEWORKS)
 def test_x_must_be_there(framework: Framework) -> None:
-    with pytest.raises(DtypeError, match="x.*NoneType"):
+    with pytest.raises(DtypeError, match=r"x.*NoneType"):
         framework.front_end.add_rms_norm(None, None)
 
 
@@ -234,7 +238,7 @@ def test_a_numpy_scalar_is_a_number_with_and_without_a_gradient(framework: Frame
     for leaf in leaves:
         for eps in (np.float32(1e-3), np.float64(np.float32(1e-3))):
             y = framework.numpy(framework.front_end.rms_norm(x, leaf, eps=eps))
-            np.testing.assert_array_equal(y, expected)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=FRAMEWORKS)
@@ -253,7 +257,7 @@ def test_tensors_on_different_devices(function: str) -> None:
         arrays[operand] = arrays[operand].to("meta")
         with pytest.raises(DeviceError, match=f"^{operand} is on meta and x on cpu"):
             _called(framework, function)("add_rms_norm", *positional("add_rms_norm", arrays))
-    with pytest.raises(DeviceError, match="^residual is on cpu and x on meta"):
+    with pytest.raises(DeviceError, match=r"^residual is on cpu and x on meta"):
         _called(framework, function)("add_rms_norm", torch.ones(3, 8, device="meta"), torch.ones(3, 8))
 
 

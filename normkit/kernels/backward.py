@@ -23,6 +23,14 @@ def _x_hat(h_ptr, offset, mean, rstd, mask, SUBTRACT_MEAN: tl.constexpr):
 
 
 @triton.jit
+def _weighted(dy, weight_ptr, weight_offset, column, mask):
+    g = dy.to(tl.float32)
+    if weight_ptr is not None:
+        g = g * load_weight(weight_ptr, weight_offset, column, mask)
+    return g
+
+
+@triton.jit
 def _store_dh(dh, dresidual_out_ptr, dresidual_out_offset, dx_ptr, dresidual_ptr, offset, mask):
     if dresidual_out_ptr is not None:
         dh += tl.load(dresidual_out_ptr + dresidual_out_offset, mask=mask, other=0.0).to(tl.float32)
@@ -30,6 +38,12 @@ def _store_dh(dh, dresidual_out_ptr, dresidual_out_offset, dx_ptr, dresidual_ptr
         tl.store(dx_ptr + offset, dh.to(dx_ptr.dtype.element_ty), mask=mask)
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + offset, dh.to(dresidual_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_part(part_ptr, part, offset, mask):
+    if part_ptr is not None:
+        tl.store(part_ptr + offset, part, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_program", "inner_rows"])
@@ -76,9 +90,7 @@ def backward_rows(
         h_start = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)[:, None]
         dresidual_out_start = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)
         rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
-        mean = 0.0
-        if SUBTRACT_MEAN:
-            mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None]
+        mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None] if SUBTRACT_MEAN else 0.0
         dy = tl.load(dy_ptr + dy_start + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x_hat = _x_hat(h_ptr, h_start + column[None, :], mean, rstd, mask, SUBTRACT_MEAN)
         if dweight_ptr is not None:
@@ -86,25 +98,16 @@ def backward_rows(
         if dbias_ptr is not None:
             dbias += tl.sum(dy, axis=0)
         if dx_ptr is not None or dresidual_ptr is not None:
-            if weight_ptr is not None:
-                dy = dy * load_weight(weight_ptr, weight_offset, column, in_columns)[None, :]
-            dh = dy - x_hat * (tl.sum(x_hat * dy, axis=1) / HIDDEN)[:, None]
+            g = _weighted(dy, weight_ptr, weight_offset, column[None, :], in_columns[None, :])
+            dh = g - x_hat * (tl.sum(x_hat * g, axis=1) / HIDDEN)[:, None]
             if SUBTRACT_MEAN:
-                dh -= (tl.sum(dy, axis=1) / HIDDEN)[:, None]
-            _store_dh(
-                dh * rstd,
-                dresidual_out_ptr,
-                dresidual_out_start[:, None] + column[None, :],
-                dx_ptr,
-                dresidual_ptr,
-                row[:, None] * HIDDEN + column[None, :],
-                mask,
-            )
+                dh -= (tl.sum(g, axis=1) / HIDDEN)[:, None]
+            stream = dresidual_out_start[:, None] + column[None, :]
+            offset = row[:, None] * HIDDEN + column[None, :]
+            _store_dh(dh * rstd, dresidual_out_ptr, stream, dx_ptr, dresidual_ptr, offset, mask)
         first += BLOCK_M
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + program * HIDDEN + column, dweight, mask=in_columns)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + program * HIDDEN + column, dbias, mask=in_columns)
+    _store_part(dweight_ptr, dweight, program * HIDDEN + column, in_columns)
+    _store_part(dbias_ptr, dbias, program * HIDDEN + column, in_columns)
 
 
 @triton.jit(do_not_specialize=["inner_rows"])
@@ -136,17 +139,13 @@ def backward_long(
     h_start = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)
     dresidual_out_start = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)
     rstd = tl.load(rstd_ptr + row)
-    mean = 0.0
-    if SUBTRACT_MEAN:
-        mean = tl.load(mean_ptr + row)
+    mean = tl.load(mean_ptr + row) if SUBTRACT_MEAN else 0.0
     x_hat_g = tl.zeros((BLOCK_N,), tl.float32)
     g = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, HIDDEN, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         mask = column < HIDDEN
-        dy = tl.load(dy_ptr + dy_start + column, mask=mask, other=0.0).to(tl.float32)
-        if weight_ptr is not None:
-            dy = dy * load_weight(weight_ptr, weight_offset, column, mask)
+        dy = _weighted(tl.load(dy_ptr + dy_start + column, mask=mask, other=0.0), weight_ptr, weight_offset, column, mask)
         x_hat_g += dy * _x_hat(h_ptr, h_start + column, mean, rstd, mask, SUBTRACT_MEAN)
         if SUBTRACT_MEAN:
             g += dy
@@ -155,21 +154,12 @@ def backward_long(
     for start in range(0, HIDDEN, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         mask = column < HIDDEN
-        dy = tl.load(dy_ptr + dy_start + column, mask=mask, other=0.0).to(tl.float32)
-        if weight_ptr is not None:
-            dy = dy * load_weight(weight_ptr, weight_offset, column, mask)
+        dy = _weighted(tl.load(dy_ptr + dy_start + column, mask=mask, other=0.0), weight_ptr, weight_offset, column, mask)
         dh = dy - _x_hat(h_ptr, h_start + column, mean, rstd, mask, SUBTRACT_MEAN) * mean_x_hat_g
         if SUBTRACT_MEAN:
             dh -= mean_g
-        _store_dh(
-            dh * rstd,
-            dresidual_out_ptr,
-            dresidual_out_start + column,
-            dx_ptr,
-            dresidual_ptr,
-            row * HIDDEN + column,
-            mask,
-        )
+        offset = row * HIDDEN + column
+        _store_dh(dh * rstd, dresidual_out_ptr, dresidual_out_start + column, dx_ptr, dresidual_ptr, offset, mask)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_program", "inner_rows"])
@@ -206,17 +196,13 @@ def backward_columns(
         if dweight_ptr is not None:
             h_start = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)
             rstd = tl.load(rstd_ptr + row)
-            mean = 0.0
-            if SUBTRACT_MEAN:
-                mean = tl.load(mean_ptr + row)
+            mean = tl.load(mean_ptr + row) if SUBTRACT_MEAN else 0.0
             dweight += dy * _x_hat(h_ptr, h_start + column, mean, rstd, mask, SUBTRACT_MEAN)
         if dbias_ptr is not None:
             dbias += dy
         row += 1
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + program * HIDDEN + column, dweight, mask=mask)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + program * HIDDEN + column, dbias, mask=mask)
+    _store_part(dweight_ptr, dweight, program * HIDDEN + column, mask)
+    _store_part(dbias_ptr, dbias, program * HIDDEN + column, mask)
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -27,22 +27,21 @@ def load_h(x_ptr, residual_ptr, x_offset, residual_offset, mask):
 
 
 @triton.jit
-def store_h(h, residual_out_ptr, offset, mask, ROUNDING: tl.constexpr):
-    """Store residual_out where there is one, and return the h that is to be normalised."""
+def rounded(h, residual_out_ptr):
+    """Return h as residual_out will hold it, in float32; h itself where there is none."""
     if residual_out_ptr is not None:
-        stored = h.to(residual_out_ptr.dtype.element_ty)
-        tl.store(residual_out_ptr + offset, stored, mask=mask)
-        if ROUNDING != "sum":
-            h = stored.to(tl.float32)
+        h = h.to(residual_out_ptr.dtype.element_ty).to(tl.float32)
     return h
 
 
 @triton.jit
-def round_h(h, residual_out_ptr, ROUNDING: tl.constexpr):
-    """Return the h that is to be normalised, without storing it."""
-    if residual_out_ptr is not None:
-        h = h if ROUNDING == "sum" else h.to(residual_out_ptr.dtype.element_ty).to(tl.float32)
-    return h
+def statistics(h, mask, eps, HIDDEN: tl.constexpr, SUBTRACT_MEAN: tl.constexpr):
+    """Return the centred rows of h, (rows, columns), with the mean and rstd of each; the mean is 0 for RMSNorm."""
+    mean = tl.zeros((h.shape[0],), tl.float32)
+    if SUBTRACT_MEAN:
+        mean = tl.sum(h, axis=1) / HIDDEN
+        h = tl.where(mask, h - mean[:, None], 0.0)
+    return h, mean, tl.rsqrt(tl.sum(h * h, axis=1) / HIDDEN + eps)
 
 
 @triton.jit
