@@ -114,9 +114,9 @@ def _compile(
     from . import kernels
 
     target = _target(arch)
-    kernel = getattr(kernels, step.kernel)
-    signature, constants, attributes = _signature(kernel.arg_names, step.constants, dtypes)
-    options: dict[str, Any] = {"num_warps": step.num_warps, "enable_fp_fusion": True}
+    kernel = getattr(kernels, kernel_name)
+    signature, constants, attributes = _signature(kernel.arg_names, dict(step_constants), dict(dtypes))
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
     if arch.startswith("sm_"):
         # the oldest PTX that knows the architecture, so that any driver's or framework's assembler can read it
         options["ptx_version"] = 87 if int(arch[3:]) >= 100 else 80

@@ -33,6 +33,9 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
     if spec.rounding == "hf":
         x_hat = rounded(x_hat, problem.x_dtype)
     y = scale_and_shift(problem, x_hat, weight, bias)
+    if problem.needs_grad and spec.rounding in (None, "sum"):
+        # the backward pass has the rounded h, and needs the statistics of just that
+        mean, rstd = statistics(spec, stored)
     return Forward(y, residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
 
 
@@ -42,11 +45,8 @@ def scale_and_shift(problem: Problem, x_hat: Array, weight: Array | None, bias: 
     if weight is not None:
         y = y * effective_weight(problem.spec, cast(weight, problem.compute_dtype))
     if bias is not None:
-        y = y + cast(bias, compute)
-    if problem.needs_grad and spec.rounding in (None, "sum"):
-        # the backward pass has the rounded h, and needs the statistics of just that
-        mean, rstd = statistics(spec, stored)
-    return Forward(cast(y, problem.out_dtype), residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
+        y = y + cast(bias, problem.compute_dtype)
+    return cast(y, problem.out_dtype)
 
 
 def statistics(spec: NormSpec, h: Array) -> tuple[Array | None, Array]:

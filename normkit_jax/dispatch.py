@@ -26,9 +26,7 @@ def as_jax(call: Call) -> Call:
         if not isinstance(array, jax.Array | np.ndarray):
             raise DtypeError(f"{name} must be a JAX or NumPy array, got {type(array).__module__}.{type(array).__qualname__}")
     asked = [*call.dtypes().values(), *(dtype_name(array.dtype) for array in call.arrays.values())]
-    if "float64" in asked and not jax.config.read(  # type: ignore[no-untyped-call]
-        "jax_enable_x64"
-    ):
+    if "float64" in asked and not jax.config.read("jax_enable_x64"):
         raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
     _check_devices(call.arrays)
     return call.with_arrays(lambda _, array: jnp.asarray(array))
