@@ -17,14 +17,14 @@ from .spec import Problem
 TILE_ELEMENTS = 2048
 MAX_THREADS = 1024
 # The longest rows that a program can hold in registers without spilling on any of sm_80, sm_90, sm_100, gfx942 and gfx950
-# (found by compiling; tests/test_ahead_of_time.py keeps it so). The forward holds h while it loads x, residual and weight: the
-# widest of them decides, in bytes. The backward holds dy, x_hat and two sums, and what it reads of a row: dy, h, dresidual_out.
-FORWARD_LONGEST_BYTES = 65536
+# (found by compiling; tests/test_ahead_of_time.py keeps it so). The forward holds h and h rounded, and loads the weight; the
+# backward holds dy, x_hat and two sums, and so many bytes that it reads of a row: dy, h, dresidual_out.
+FORWARD_LONGEST_ROW = 16384
 BACKWARD_LONGEST_ROW = 8192
 BACKWARD_LONGEST_BYTES = 81920
-# Longer rows are read in blocks of this many elements: two programs then share a multiprocessor, so that one reads while the
-# other reduces.
-LONG_ROW_BLOCK = 8192
+# Longer rows are read in blocks of this many elements: several programs then share a multiprocessor, so that one reads while
+# another reduces. With more, the compiler unrolls the loop over a row of a few blocks, and spills.
+LONG_ROW_BLOCK = 4096
 # Parts that the rows are dealt to in the backward pass: enough for every multiprocessor of any GPU to have several, few
 # enough that the partial sums are small beside the rows themselves.
 MAX_PARTS = 512
@@ -72,10 +72,10 @@ def supports(problem: Problem) -> Rejected | None:
     """Say whether the Triton kernels can compute a problem, on a platform that has Triton."""
     if "float64" in (*problem.dtypes, problem.out_dtype, problem.residual_out_dtype):
         return Rejected("the Triton kernels compute in float32, which is not enough for float64")
-    if problem.hidden_size >= 2**31:
+    if problem.hidden_size > 2**30:
         return Rejected(f"the Triton kernels index a row with 32 bits, and hidden_size is {problem.hidden_size}")
     if problem.in_place and problem.layout == "strided":
-        return Rejected("in place, the Triton kernels need unit stride along the row")
+        return Rejected("in place, the Triton kernels need unit stride along the row, and rows reached by two nested loops")
     return None
 
 
@@ -95,7 +95,7 @@ def forward_plan(problem: Problem) -> Step:
         "CONTIGUOUS": problem.layout == "contiguous",
         "IN_PLACE": problem.in_place,
     }
-    block = _block(problem, FORWARD_LONGEST_BYTES // max(map(_bytes, problem.dtypes)))
+    block = _block(problem, FORWARD_LONGEST_ROW)
     if block.whole_rows:
         constants |= {"BLOCK_M": block.rows, "BLOCK_N": block.columns}
         return Step("forward_rows", (_ceil(problem.rows, block.rows),), constants, block.num_warps)
@@ -129,7 +129,8 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
             steps += (Step("backward_long", (problem.rows,), constants | {"BLOCK_N": block.columns}, block.num_warps),)
         if wanted.dweight or wanted.dbias:
             columns = COLUMNS_PER_THREAD * _warp_size(problem)
-            grid = (parts, _ceil(problem.hidden_size, columns))
+            # the second axis of a CUDA grid has at most 65535 programs
+            grid = (_ceil(problem.hidden_size, columns), parts)
             steps += (Step("backward_columns", grid, constants | {"BLOCK_N": columns}, num_warps=1),)
     tile_rows, tile_columns = PARTIALS_TILE
     total = Step(

@@ -6,8 +6,6 @@ It is an implementation like any other, the last choice on every platform, and i
 
 from __future__ import annotations
 
-import math
-
 from .arrays import Array, cast, namespace, rounded, rsqrt
 from .interface import Forward, Gradients, Rejected, Wanted
 from .spec import NormSpec, Problem
@@ -24,18 +22,18 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
     h = cast(x, compute)
     if residual is not None:
         h = h + cast(residual, compute)
-    stored = rounded(h, problem.h_dtype)
-    residual_out = cast(stored, problem.h_dtype) if problem.residual_out_dtype else None
-    if spec.rounding in ("stored", "hf"):
-        h = stored
+    residual_out = cast(h, problem.residual_out_dtype) if problem.residual_out_dtype else None
+    keeps_other = problem.residual_out_dtype not in (None, compute)
+    if keeps_other and spec.rounding in ("stored", "hf"):
+        h = rounded(h, problem.h_dtype)
     mean, rstd = statistics(spec, h)
     x_hat = (h - mean if mean is not None else h) * rstd
     if spec.rounding == "hf":
         x_hat = rounded(x_hat, problem.x_dtype)
     y = scale_and_shift(problem, x_hat, weight, bias)
-    if problem.needs_grad and spec.rounding in (None, "sum"):
+    if keeps_other and problem.needs_grad and spec.rounding in (None, "sum"):
         # the backward pass has the rounded h, and needs the statistics of just that
-        mean, rstd = statistics(spec, stored)
+        mean, rstd = statistics(spec, rounded(h, problem.h_dtype))
     return Forward(y, residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
 
 

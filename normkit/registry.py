@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import cast
 
@@ -30,7 +31,10 @@ class Implementation:
 
     def load(self) -> Kernels:
         """Import the module."""
-        return cast(Kernels, import_module(self.module))
+        return cast(Kernels, _import(self.module))
+
+
+_import = cache(import_module)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def by_rows(
             if not (reduced and any(slot.kind == PARAMETER for slot in results)):
                 return function(own, *arrays)
             # the sums of each device are rounded only when they are added up
-            wide = {name: getattr(own, name) and own.compute_dtype for name in ("weight_dtype", "bias_dtype")}
+            wide: dict[str, Any] = {name: getattr(own, name) and own.compute_dtype for name in ("weight_dtype", "bias_dtype")}
             computed = function(replace(own, **wide), *arrays)
             return [
                 cast(jax.lax.psum(array, reduced), slot.dtype or "") if slot.kind == PARAMETER else array

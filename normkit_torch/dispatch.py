@@ -30,8 +30,10 @@ def operand(name: str, tensor: Tensor) -> Operand:
     """
     if not isinstance(tensor, Tensor):
         raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__}")
-    if tensor.layout is not torch.strided:
-        raise DtypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}; to_dense() makes it one")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise DtypeError(
+            f"{name} must be a dense tensor, got {'a nested one' if tensor.is_nested else f'one of layout {tensor.layout}'}"
+        )
     return Operand(tuple(tensor.shape), _NAMES.get(tensor.dtype) or dtype_name(tensor.dtype), tensor.device)
 
 

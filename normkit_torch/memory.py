@@ -7,11 +7,15 @@ from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from normkit.call import Call
 from normkit.errors import OptionError
 from normkit.layout import overlaps_itself
+
+# Steps of NumPy's exact search for a shared element, which may take exponentially many; past these it counts as shared.
+_MAX_WORK = 100_000
 
 
 def check_in_place(call: Call) -> None:
@@ -24,6 +28,10 @@ def check_in_place(call: Call) -> None:
     if call.x.is_meta:
         return  # there is no memory
     for name in ("x", "residual"):
+        if tensors[name].is_inference() and not torch.is_inference_mode_enabled():
+            raise OptionError(
+                f"in place, {name} is written to, and it comes from torch.inference_mode(), outside of which it is read-only"
+            )
         if overlaps_itself(tensors[name].shape, tensors[name].stride()):
             shape, strides = tuple(tensors[name].shape), tensors[name].stride()
             raise OptionError(
@@ -40,7 +48,12 @@ def check_in_place(call: Call) -> None:
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:
     (a, a_end), (b, b_end) = _extent(first), _extent(second)
-    return a < b_end and b < a_end and np.shares_memory(_addresses(first), _addresses(second))
+    if a >= b_end or b >= a_end:
+        return False
+    try:
+        return np.shares_memory(_addresses(first), _addresses(second), max_work=_MAX_WORK)  # type: ignore[arg-type]  # any number, says NumPy's documentation
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from normkit.checkpoint import Weights, as_weights
 from normkit.errors import ShapeError
 
 from .functional import add_layer_norm, add_rms_norm
-from .patch import load_layer_norm
+from .patch import as_parameter, load_layer_norm, load_parameter
 
 
 class FastRMSNorm(nn.Module):
@@ -45,9 +45,7 @@ class FastRMSNorm(nn.Module):
         implementation: str | None = None,
     ) -> None:
         super().__init__()
-        if weight.ndim != 1:
-            raise ShapeError(f"weight must have shape (hidden_size,), got {tuple(weight.shape)}")
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        self.weight = as_parameter("weight", weight)
         self.eps = eps
         self.weight_offset = weight_offset
         self.rounding = rounding
@@ -66,7 +64,7 @@ class FastRMSNorm(nn.Module):
         Raises:
             MissingTensorError: there is no such tensor.
         """
-        return cls(torch.as_tensor(as_weights(weights).get_tensor(f"{prefix}.weight")), eps, **options)
+        return cls(load_parameter(as_weights(weights), f"{prefix}.weight"), eps, **options)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""

@@ -189,10 +189,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None, *_: Non
     if problem.residual_out_dtype is None:
         dresidual_out = None
     if dy is None:
-        dy = h.new_zeros(h.shape, dtype=getattr(torch, problem.out_dtype))
-    if torch.is_grad_enabled():
-        # A gradient of this gradient is asked for: the reference is made of differentiable operations.
-        gradients = reference.backward(problem, wanted, dy, dresidual_out, h, weight)
+        gradients = _passed_on(problem, wanted, dresidual_out)
     else:
         spec = problem.spec
         mathematics = (spec.kind, spec.eps, spec.weight_offset, spec.rounding)
@@ -202,6 +199,40 @@ def _autograd(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None, *_: Non
         )
         gradients = Gradients(*(result if asked else None for result, asked in zip(results, wanted, strict=True)))
     return *gradients.by_operand(problem), *(None,) * 8
+
+
+def _passed_on(problem: Problem, wanted: Wanted, dresidual_out: Tensor | None) -> Gradients:
+    """Return the gradients where only residual_out has one: it goes straight to x and residual."""
+    if dresidual_out is None:
+        return Gradients(None, None, None, None)
+    dtypes = ((wanted.dx, problem.x_dtype), (wanted.dresidual, problem.residual_dtype))
+    dx, dresidual = (dresidual_out.to(getattr(torch, str(dtype))) if asked else None for asked, dtype in dtypes)
+    return Gradients(dx, dresidual, None, None)
+
+
+def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
+    dy, dresidual_out, h, weight, _, _, *options = inputs
+    *options_of_problem, wanted, _ = options
+    ctx.save_for_backward(dy, dresidual_out, h, weight)
+    ctx.problem = _gradient_problem(dy, h, weight, *options_of_problem)
+    ctx.wanted = Wanted(*wanted)
+
+
+def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate the gradient: that of the reference, which is made of differentiable operations."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, so that differentiation stops here and does not go on from dy to the weight that y was made with
+        inputs: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        gradients = reference.backward(ctx.problem, ctx.wanted, *inputs)
+    asked = {index: inputs[index] for index, needed in enumerate(ctx.needs_input_grad[:4]) if needed}
+    made = [(made, dt) for made, dt in zip(gradients, cotangents, strict=True) if made is not None and made.requires_grad]
+    outputs, grads = [gradient for gradient, _ in made], [dt for _, dt in made]
+    if not outputs:
+        return (None,) * 16
+    found = torch.autograd.grad(outputs, list(asked.values()), grads, create_graph=create_graph, allow_unused=True)
+    by_index = dict(zip(asked, found, strict=True))
+    return *(by_index.get(index) for index in range(4)), *(None,) * 12
 
 
 LIBRARY = torch.library.Library("normkit", "DEF")
@@ -214,3 +245,4 @@ for _schema, _run, _fake in (
     LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"normkit::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd("normkit::norm", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("normkit::norm_backward", _double_backward, setup_context=_setup_double_backward, lib=LIBRARY)

@@ -6,10 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import ml_dtypes
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normkit.arrays import FLOAT_DTYPES, dtype_name
 from normkit.checkpoint import Weights, as_weights
+from normkit.errors import DtypeError, ShapeError
 
 LayerNorm = TypeVar("LayerNorm", bound=nn.LayerNorm)
 
@@ -39,14 +43,41 @@ def load_layer_norm(
         MissingTensorError: there is no such tensor.
     """
     source = as_weights(weights)
-    weight = torch.as_tensor(source.get_tensor(f"{prefix}.weight"))
-    bias = torch.as_tensor(source.get_tensor(f"{prefix}.bias")) if has_bias else None
+    weight = load_parameter(source, f"{prefix}.weight")
+    bias = load_parameter(source, f"{prefix}.bias") if has_bias else None
+    if bias is not None and bias.shape != weight.shape:
+        raise ShapeError(
+            f"{prefix}.bias must have the shape of {prefix}.weight, {tuple(weight.shape)}, got {tuple(bias.shape)}"
+        )
     with torch.device("meta"):  # its own parameters are replaced at once
         norm = cls(weight.shape[0], eps=eps, bias=has_bias, **options)
-    norm.weight = nn.Parameter(weight)
+    norm.weight = weight
     if bias is not None:
-        norm.bias = nn.Parameter(bias)
+        norm.bias = bias
     return norm
+
+
+def load_parameter(weights: Weights, name: str) -> nn.Parameter:
+    """Load a weight or bias, from a checkpoint of torch tensors or NumPy arrays; memory is shared where that is possible.
+
+    Raises:
+        ShapeError: it has another number of dimensions than one.
+        DtypeError: it is not of a supported dtype.
+        MissingTensorError: there is no such tensor.
+    """
+    tensor = weights.get_tensor(name)
+    if isinstance(tensor, np.ndarray) and tensor.dtype == ml_dtypes.bfloat16:
+        tensor = torch.from_numpy(tensor.view(np.int16)).view(torch.bfloat16)
+    return as_parameter(name, torch.as_tensor(tensor))
+
+
+def as_parameter(name: str, tensor: Tensor) -> nn.Parameter:
+    """Return a weight or bias as a parameter, after checking that a norm can have it."""
+    if tensor.ndim != 1:
+        raise ShapeError(f"{name} must have shape (hidden_size,), got {tuple(tensor.shape)}")
+    if dtype_name(tensor.dtype) not in FLOAT_DTYPES:
+        raise DtypeError(f"{name} must be one of {', '.join(FLOAT_DTYPES)}, got {tensor.dtype}")
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
 def patch_layer_norm() -> None:

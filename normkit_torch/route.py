@@ -54,12 +54,12 @@ def needs_grad(call: Call) -> bool:
 
 
 def _is_plain(call: Call) -> bool:
-    """Whether nothing but this function needs to know of the call: no tracer, no dispatch mode, no tensor subclass."""
+    """Whether nothing but this function needs to know of the call: no tracer, no dispatch mode, no subclass, no lazy sign."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or any(
-            type(tensor) not in (Tensor, torch.nn.Parameter)
+            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg()
             for tensor in (call.x, call.residual, call.weight, call.bias)
             if tensor is not None
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton interpreter inside jax.jit on the CPU: the kernels as they are, reached by everything but the custom call itself."""
+"""The Triton interpreter inside jax.jit on the CPU: the kernels as they are, reached by all but the custom call itself."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _launch(
 
     def run(*arguments: Any) -> None:
         buffers = dict(zip((*given, *made), arguments, strict=True))
-        tensors = {f"{name}_ptr": None for name in pointers}
+        tensors: dict[str, Any] = {f"{name}_ptr": None for name in pointers}
         tensors |= {f"{name}_ptr": Tensor(np.asarray(buffer)) for name, buffer in buffers.items()}
         with _LOCK:
             kernel[step.grid](**tensors, **others, **step.constants)

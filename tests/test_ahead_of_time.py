@@ -36,8 +36,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 ARCHITECTURES = {"cuda": ("sm_80", "sm_90", "sm_100"), "rocm": ("gfx942", "gfx950")}
 # The longest rows that one program holds, in the backward and in the forward pass, by dtype.
 LONGEST = {
-    "bfloat16": (plan.BACKWARD_LONGEST_ROW, plan.FORWARD_LONGEST_BYTES // 2),
-    "float32": (plan.BACKWARD_LONGEST_ROW // 2, plan.BACKWARD_LONGEST_ROW, plan.FORWARD_LONGEST_BYTES // 4),
+    "bfloat16": (plan.BACKWARD_LONGEST_ROW, plan.FORWARD_LONGEST_ROW),
+    "float32": (plan.BACKWARD_LONGEST_ROW // 2, plan.BACKWARD_LONGEST_ROW, plan.FORWARD_LONGEST_ROW),
 }
 # The last size with several rows in a program, the first with one, and rows longer than a program holds.
 OTHERS = (plan.TILE_ELEMENTS // 2, plan.TILE_ELEMENTS, *(size + 8 for size in LONGEST["bfloat16"]), 2**20)
@@ -164,7 +164,7 @@ def test_no_vector_crosses_the_end_of_an_odd_row() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_too_few_warps_are_seen_to_spill(arch: str) -> None:
-    problem = _at(plan.FORWARD_LONGEST_BYTES // 4, "cuda", "layer", "float32", residual=True)
+    problem = _at(plan.FORWARD_LONGEST_ROW, "cuda", "layer", "float32", residual=True)
     step = plan.forward_plan(problem)
     few = Step(step.kernel, step.grid, step.constants, num_warps=1)
     result = measure(few, operand_dtypes(problem), arch)
@@ -172,7 +172,7 @@ def test_too_few_warps_are_seen_to_spill(arch: str) -> None:
 
 
 def test_all_kernels_of_a_problem_are_compiled_in_order() -> None:
-    problem = _at(plan.FORWARD_LONGEST_BYTES, "cuda", "layer", "float32", residual=True)
+    problem = _at(2 * plan.FORWARD_LONGEST_ROW, "cuda", "layer", "float32", residual=True)
     forward = compile_forward(problem, "sm_90")
     backward = compile_backward(problem, Wanted.by(problem), "sm_90")
     names = ["forward_long", "backward_long", "backward_columns", "sum_partials", "sum_partials"]

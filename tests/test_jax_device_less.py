@@ -93,7 +93,9 @@ def test_sharded_rows_are_not_gathered(case: Case, axis_type: AxisType) -> None:
         assert launches(text) == 1
         assert not re.search(r" all-|collective|reduce-scatter", text)
         rows = f"{case.shape[0] // 4},{case.shape[1]}"
-        assert re.search(rf"\[{rows}\][^\n]* custom-call\([^\n]*{launch.TARGET}", text), "a device has not a quarter of the rows"
+        assert re.search(rf"\[{rows}\][^\n]* custom-call\([^\n]*{launch.TARGET}", text), (
+            "a device has not a quarter of the rows"
+        )
         text = compiled(partial(backward, case), case, mesh)
         assert set(re.findall(r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text)) == {"all-reduce"}
 
@@ -105,7 +107,9 @@ def test_donated_arguments_become_the_results_without_a_copy(devices: int) -> No
     text = compiled(in_place, case, mesh, donate_argnums=(0, 1))
     assert " copy" not in text
     assert re.search(r"input_output_alias=\{ \{0\}: \(0, [^}]*\}, [a-z-]+\), \{1\}: \(1, ", text)
-    assert re.search(rf"{launch.TARGET}[^\n]*output_to_operand_aliasing=\{{\{{0\}}: \(0, \{{\}}\), \{{1\}}: \(1, \{{\}}\)\}}", text)
+    assert re.search(
+        rf"{launch.TARGET}[^\n]*output_to_operand_aliasing=\{{\{{0\}}: \(0, \{{\}}\), \{{1\}}: \(1, \{{\}}\)\}}", text
+    )
     assert launches(text) == 1
     kept = compiled(in_place, case, mesh)
     assert len(re.findall(r" copy(?:-start)?\(", kept)) == 2, "what is not donated is copied first"

@@ -98,7 +98,7 @@ def backward_rows(
         if dbias_ptr is not None:
             dbias += tl.sum(dy, axis=0)
         if dx_ptr is not None or dresidual_ptr is not None:
-            g = _weighted(dy, weight_ptr, weight_offset, column[None, :], in_columns[None, :])
+            g = dy if weight_ptr is None else dy * load_weight(weight_ptr, weight_offset, column, in_columns)[None, :]
             dh = g - x_hat * (tl.sum(x_hat * g, axis=1) / HIDDEN)[:, None]
             if SUBTRACT_MEAN:
                 dh -= (tl.sum(g, axis=1) / HIDDEN)[:, None]
@@ -183,8 +183,8 @@ def backward_columns(
     CONTIGUOUS: tl.constexpr,
 ):
     """Each program sums one block of columns of dweight and dbias over its part of long rows. Arguments as in backward_rows."""
-    program = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = column < HIDDEN
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
@@ -213,7 +213,7 @@ def sum_partials(partial_ptr, total_ptr, programs, HIDDEN: tl.constexpr, BLOCK_M
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = 0
     while first < programs:
-        row = first + tl.arange(0, BLOCK_M)
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (row < programs)[:, None] & in_columns[None, :]
         total += tl.load(partial_ptr + row[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0)
         first += BLOCK_M

@@ -201,8 +201,8 @@ def test_a_gradient_in_a_training_step_of_sharded_rows() -> None:
     sharded = shard(mesh, arrays, P(("a", "b")))
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
     actual = step(*(sharded[name] for name in ("weight", "bias", "x", "residual")))
-    cotangents = (np.asarray(arrays[name]) for name in ("dy", "dresidual_out"))
-    bounds = expected_backward(case.problem(), *cotangents, whole(case)["residual_out"], case.arrays()["weight"])
+    dy, dresidual_out = (np.asarray(arrays[name]) for name in ("dy", "dresidual_out"))
+    bounds = expected_backward(case.problem(), dy, dresidual_out, whole(case)["residual_out"], case.arrays()["weight"])
     for name, gradient in zip(("dweight", "dbias"), actual, strict=True):
         assert gradient.sharding.is_fully_replicated
         assert worst(np.asarray(gradient), bounds[name]) <= 1

@@ -14,8 +14,8 @@ from ..interpreter import Launch, watch
 
 TORCH = Torch()
 CASES = [case for case in tagged("ci") if plan.supports(case.problem()) is None]
-# How often each kernel reads each element of its inputs and writes each of its outputs. A row longer than a block is read once
-# for its statistics and once more for the result.
+# How often each kernel reads each element of its inputs. A row longer than a block is read once for its statistics and once
+# more for the result; where a backward follows and will have h rounded, once more for the statistics of that.
 READS = {
     "forward_rows": {"x": 1, "residual": 1},
     "forward_long": {"x": 2, "residual": 2},
@@ -34,8 +34,11 @@ OUTPUTS = {
 }
 
 
-def check_traffic(launch: Launch) -> None:
+def check_traffic(launch: Launch, rounding: str | None = None) -> None:
     """Check that a launch moved what its kernel has to, and nothing else."""
+    residual_out = launch.tensors.get("residual_out")
+    rounds = rounding in (None, "sum") and residual_out is not None and residual_out.dtype.itemsize < 4
+    third_pass = launch.kernel == "forward_long" and rounds and "rstd" in launch.tensors
     for name in launch.tensors:
         if name in OUTPUTS[launch.kernel]:
             assert launch.unwritten(name) == []
@@ -44,7 +47,7 @@ def check_traffic(launch: Launch) -> None:
         else:
             assert not launch.writes(name).any(), name
             times = READS[launch.kernel].get(name)
-            assert times is None or (launch.reads(name) == times).all(), name
+            assert times is None or (launch.reads(name) == times + third_pass).all(), name
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -59,7 +62,7 @@ def test_every_element_moves_as_often_as_it_must(case: Case) -> None:
     assert [launch.kernel for launch in launches if launch.kernel != "sum_partials"] == names
     assert [launch.kernel for launch in launches].count("sum_partials") == (case.weight is not None) + (case.bias is not None)
     for launch in launches:
-        check_traffic(launch)
+        check_traffic(launch, case.rounding)
 
 
 def test_without_a_backward_no_statistics_are_written() -> None:
