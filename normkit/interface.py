@@ -68,7 +68,7 @@ class Gradients(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The functions that an implementation's module offers; `forward_` only if it supports problems that are in place."""
+    """The functions that an implementation's module offers. `forward_` is there only if it can compute in place."""
 
     def supports(self, problem: Problem) -> Rejected | None:
         """Say why this problem cannot be computed, or None if it can. Imports nothing heavy, touches no device."""

@@ -69,7 +69,10 @@ def _judge(problem: Problem, implementation: Implementation) -> Verdict:
 
 
 def _rejected(problem: Problem, implementation: Implementation) -> str | None:
-    rejected = implementation.load().supports(problem)
+    kernels = implementation.load()
+    rejected = kernels.supports(problem)
+    if rejected is None and problem.in_place and not hasattr(kernels, "forward_"):
+        return "it cannot compute in place"
     return None if rejected is None else rejected.reason
 
 

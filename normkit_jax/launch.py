@@ -61,6 +61,10 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
     return Forward(**dict.fromkeys(results) | made)
 
 
+# JAX's arrays do not change: in place says which memory XLA may give to y and residual_out, and forward passes that on.
+forward_ = forward
+
+
 def backward(
     problem: Problem,
     wanted: Wanted,

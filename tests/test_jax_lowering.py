@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
+
+import jax
 
 import normkit_jax
 from normkit import plan

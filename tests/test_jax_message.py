@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The message that launches a kernel: every field read back by another decoder, every byte as jaxlib's CUDA plugin writes it."""
+"""The message that launches a kernel: every field read back by another decoder, every byte as jaxlib's plugin writes it."""
 
 from __future__ import annotations
 

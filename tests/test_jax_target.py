@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
+
+import jax
 
 import normkit_jax
 from normkit.errors import OptionError, UnsupportedError
@@ -74,7 +76,7 @@ def test_the_device_names_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_target_that_is_not_the_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "sm_80")
-    with target("sm_90"), pytest.raises(OptionError, match="'sm_90' was named.*cuda devices to compile for are sm_80"):
+    with target("sm_90"), pytest.raises(OptionError, match=r"'sm_90' was named.*cuda devices to compile for are sm_80"):
         lower()
     with target("sm_80"):
         assert architectures(lower()) == [80]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
+
+import jax
 
 from ..cases import Case, tagged
 from ..frameworks import Jax, Torch
@@ -64,19 +66,22 @@ def given(case: Case) -> dict[str, Any]:
     return {name: jax.numpy.asarray(array) for name, array in case.arrays().items() if array is not None}
 
 
-def results_and_gradients(case: Case, x: Any, residual: Any, weight: Any, bias: Any, dy: Any, dresidual_out: Any) -> Any:
+def results_and_gradients(case: Case, *arrays: Any) -> Any:
+    *operands, dy, dresidual_out = arrays
+
     def function(*operands: Any) -> Any:
         return Jax().call(case, dict(zip(("x", "residual", "weight", "bias"), operands, strict=True)), "triton")
 
-    results, vjp = jax.vjp(function, x, residual, weight, bias)
+    results, vjp = jax.vjp(function, *operands)
     return (*results, *vjp((dy, dresidual_out)))
 
 
-@pytest.mark.parametrize("transform", [lambda function: function, jax.jit], ids=["eager", "jit"])
-def test_rows_that_are_mapped_are_those_of_the_whole(transform: Any) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_rows_that_are_mapped_are_those_of_the_whole(compiled: bool) -> None:
     arrays = list(given(MAPPED).values())
     whole = results_and_gradients(MAPPED, *arrays)
-    mapped = transform(jax.vmap(lambda *a: results_and_gradients(MAPPED, *a), in_axes=(0, 0, None, None, 0, 0)))(*arrays)
+    function = jax.vmap(lambda *a: results_and_gradients(MAPPED, *a), in_axes=(0, 0, None, None, 0, 0))
+    mapped = (jax.jit(function) if compiled else function)(*arrays)
     for expected, actual in zip(whole[:4], mapped[:4], strict=True):
         assert bits(np.asarray(actual)) == bits(np.asarray(expected))
     for index in range(3):
