@@ -80,7 +80,7 @@ def results_and_gradients(case: Case, *arrays: Any) -> Any:
 def test_rows_that_are_mapped_are_those_of_the_whole(compiled: bool) -> None:
     arrays = list(given(MAPPED).values())
     whole = results_and_gradients(MAPPED, *arrays)
-    function = jax.vmap(lambda *a: results_and_gradients(MAPPED, *a), in_axes=(0, 0, None, None, 0, 0))
+    function: Any = jax.vmap(lambda *a: results_and_gradients(MAPPED, *a), in_axes=(0, 0, None, None, 0, 0))
     mapped = (jax.jit(function) if compiled else function)(*arrays)
     for expected, actual in zip(whole[:4], mapped[:4], strict=True):
         assert bits(np.asarray(actual)) == bits(np.asarray(expected))
@@ -95,7 +95,7 @@ def test_a_weight_that_is_mapped_gives_what_each_weight_gives() -> None:
     weights = jax.numpy.stack([arrays["weight"], 2 * arrays["weight"], -arrays["weight"]])
     rows = [arrays[name] for name in ("x", "residual")]
     others = [arrays[name] for name in ("bias", "dy", "dresidual_out")]
-    function = jax.vmap(lambda *a: results_and_gradients(MAPPED, *a), in_axes=(None, None, 0, None, None, None))
+    function: Any = jax.vmap(lambda *a: results_and_gradients(MAPPED, *a), in_axes=(None, None, 0, None, None, None))
     mapped = function(*rows, weights, *others)
     for index in range(3):
         alone = results_and_gradients(MAPPED, *rows, weights[index], *others)
