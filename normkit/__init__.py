@@ -6,6 +6,7 @@ from .errors import (
     CheckpointError,
     DeviceError,
     DtypeError,
+    MissingPackageError,
     MissingTensorError,
     NormkitError,
     OptionError,
@@ -14,6 +15,7 @@ from .errors import (
 )
 from .functional import add_layer_norm, add_rms_norm, explain, layer_norm, rms_norm
 from .registry import Verdict
+from .spec import NormSpec
 
 __version__ = "0.1.0"
 
@@ -22,7 +24,9 @@ __all__ = [
     "DeviceError",
     "DtypeError",
     "MappingWeights",
+    "MissingPackageError",
     "MissingTensorError",
+    "NormSpec",
     "NormkitError",
     "OptionError",
     "SafetensorsWeights",

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from .errors import CheckpointError, DeviceError, MissingTensorError, OptionError, UnsupportedError
+from .errors import CheckpointError, DeviceError, MissingPackageError, MissingTensorError, OptionError
 
 FilePath = str | os.PathLike[str]
 
@@ -76,7 +76,7 @@ class SafetensorsWeights:
         CheckpointError: A file is missing, is not safetensors or is truncated, or two files hold the same name.
         OptionError: The framework is not one of the three.
         DeviceError: The device is none that this framework can use here.
-        UnsupportedError: The package safetensors, or the framework, is not installed.
+        MissingPackageError: The package safetensors, or the framework, is not installed.
 
     Example:
         >>> import tempfile, numpy as np
@@ -164,7 +164,7 @@ def _import(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UnsupportedError(f"{purpose} needs the package {module}: pip install {module} ({error})") from error
+        raise MissingPackageError(f"{purpose} needs the package {module}: pip install {module} ({error})") from error
 
 
 def _check_device(framework: str, device: object | None) -> None:

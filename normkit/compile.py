@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .errors import OptionError
@@ -93,18 +94,29 @@ def compile_step(step: Step, dtypes: Mapping[str, str | None], arch: str) -> Com
 
     Args:
         step: as planned.
-        dtypes: the dtype behind each pointer argument, by operand name; None for one that is absent.
+        dtypes: the dtype behind each pointer argument, by operand name; one without is absent.
         arch: "sm_NN" or "gfxNNN".
     """
+    return _compile(step.kernel, tuple(step.constants.items()), step.num_warps, tuple(dtypes.items()), arch)
+
+
+@cache
+def _compile(
+    kernel_name: str,
+    step_constants: tuple[tuple[str, int | str | bool], ...],
+    num_warps: int,
+    dtypes: tuple[tuple[str, str | None], ...],
+    arch: str,
+) -> CompiledKernel:
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
     from . import kernels
 
     target = _target(arch)
-    kernel = getattr(kernels, step.kernel)
-    signature, constants, attributes = _signature(kernel.arg_names, step.constants, dtypes)
-    options: dict[str, Any] = {"num_warps": step.num_warps, "enable_fp_fusion": True}
+    kernel = getattr(kernels, kernel_name)
+    signature, constants, attributes = _signature(kernel.arg_names, dict(step_constants), dict(dtypes))
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
     if arch.startswith("sm_"):
         # the oldest PTX that knows the architecture, so that any driver's or framework's assembler can read it
         options["ptx_version"] = 87 if int(arch[3:]) >= 100 else 80
@@ -132,7 +144,7 @@ def _signature(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            dtype = dtypes[name.removesuffix("_ptr")]
+            dtype = dtypes.get(name.removesuffix("_ptr"))
             if dtype is None:
                 signature[name], constants[name] = "constexpr", None
             else:

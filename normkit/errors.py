@@ -26,6 +26,10 @@ class UnsupportedError(NormkitError, ValueError):
     """An implementation asked for by name that cannot compute this problem, with its reason."""
 
 
+class MissingPackageError(UnsupportedError, ImportError):
+    """Something that needs a package which is not installed; the message has the pip command."""
+
+
 class CheckpointError(NormkitError, ValueError):
     """A checkpoint file that cannot be read."""
 

@@ -45,7 +45,7 @@ def default_model(cache: Path) -> Path:
 
     Raises:
         CheckpointError: The download failed, or what it brought is not the expected file.
-        UnsupportedError: A package of the extra `normkit[demo]` is not installed.
+        MissingPackageError: A package of the extra `normkit[demo]` is not installed.
     """
     folder = cache / MODEL_NAME
     if not folder.is_dir():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import MappingWeights, SafetensorsWeights, Weights
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, MissingPackageError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def read_model(path: str | os.PathLike[str]) -> Model:
 
     Raises:
         CheckpointError: There is no such file, or it is neither of the two.
-        UnsupportedError: It is not a plain LLaMA, or a package of the extra `normkit[demo]` is not installed.
+        UnsupportedError: It is not a plain LLaMA.
+        MissingPackageError: A package of the extra `normkit[demo]` is not installed.
     """
     path = Path(path)
     if path.is_dir():
@@ -101,7 +102,7 @@ def read_gguf(path: Path) -> Model:
 
     Raises:
         CheckpointError: It is not a GGUF file, or transformers cannot read it.
-        UnsupportedError: A package of the extra `normkit[demo]` is not installed.
+        MissingPackageError: A package of the extra `normkit[demo]` is not installed.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -132,12 +133,12 @@ def require(*modules: str) -> list[Any]:
         The modules, in this order.
 
     Raises:
-        UnsupportedError: One is not installed; the message has the pip command.
+        MissingPackageError: One is not installed; the message has the pip command.
     """
     try:
         return [importlib.import_module(module) for module in modules]
     except ImportError as error:
-        raise UnsupportedError(
+        raise MissingPackageError(
             f'this needs {", ".join(modules)}: pip install "normkit[demo]" ({type(error).__name__}: {error})'
         ) from error
 

@@ -6,8 +6,6 @@ It is an implementation like any other, the last choice on every platform, and i
 
 from __future__ import annotations
 
-import math
-
 from .arrays import Array, cast, namespace, rounded, rsqrt
 from .interface import Forward, Gradients, Rejected, Wanted
 from .spec import NormSpec, Problem
@@ -29,17 +27,24 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
     if keeps_other and spec.rounding in ("stored", "hf"):
         h = rounded(h, problem.h_dtype)
     mean, rstd = statistics(spec, h)
-    y = (h - mean if mean is not None else h) * rstd
+    x_hat = (h - mean if mean is not None else h) * rstd
     if spec.rounding == "hf":
-        y = rounded(y, problem.x_dtype)
-    if weight is not None:
-        y = y * effective_weight(spec, cast(weight, compute))
-    if bias is not None:
-        y = y + cast(bias, compute)
+        x_hat = rounded(x_hat, problem.x_dtype)
+    y = scale_and_shift(problem, x_hat, weight, bias)
     if keeps_other and problem.needs_grad and spec.rounding in (None, "sum"):
         # the backward pass has the rounded h, and needs the statistics of just that
         mean, rstd = statistics(spec, rounded(h, problem.h_dtype))
-    return Forward(cast(y, problem.out_dtype), residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
+    return Forward(y, residual_out, mean if mean is None else mean[..., 0], rstd[..., 0])
+
+
+def scale_and_shift(problem: Problem, x_hat: Array, weight: Array | None, bias: Array | None) -> Array:
+    """Return y = x_hat (weight_offset + weight) + bias, rounded once, from x_hat in the compute dtype."""
+    y = x_hat
+    if weight is not None:
+        y = y * effective_weight(problem.spec, cast(weight, problem.compute_dtype))
+    if bias is not None:
+        y = y + cast(bias, problem.compute_dtype)
+    return cast(y, problem.out_dtype)
 
 
 def statistics(spec: NormSpec, h: Array) -> tuple[Array | None, Array]:
@@ -88,9 +93,9 @@ def backward(
         dx = cast(dh, problem.x_dtype) if wanted.dx else None
         dresidual = cast(dh, problem.residual_dtype or problem.x_dtype) if wanted.dresidual else None
     if wanted.dweight and problem.weight_dtype:
-        dweight = cast(_sum_of_rows(problem, dy * x_hat), problem.weight_dtype)
+        dweight = cast(_sum_of_rows(dy * x_hat), problem.weight_dtype)
     if wanted.dbias and problem.bias_dtype:
-        dbias = cast(_sum_of_rows(problem, dy), problem.bias_dtype)
+        dbias = cast(_sum_of_rows(dy), problem.bias_dtype)
     return Gradients(dx, dresidual, dweight, dbias)
 
 
@@ -103,8 +108,9 @@ def _dh(spec: NormSpec, dy: Array, x_hat: Array, weight: Array | None, rstd: Arr
     return dh * rstd
 
 
-def _sum_of_rows(problem: Problem, array: Array) -> Array:
-    return array.reshape(math.prod(problem.shape[:-1]), problem.hidden_size).sum(0)
+def _sum_of_rows(array: Array) -> Array:
+    # not through a reshape to one dimension of rows, for which JAX would have to gather a sharded array
+    return array.sum(tuple(range(array.ndim - 1))) if array.ndim > 1 else array
 
 
 def forward_(problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:

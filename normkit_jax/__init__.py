@@ -3,16 +3,28 @@
 
 from normkit.registry import Verdict
 
-from .functional import add_layer_norm, add_rms_norm, explain, layer_norm, rms_norm
+from .functional import (
+    add_layer_norm,
+    add_layer_norm_,
+    add_rms_norm,
+    add_rms_norm_,
+    explain,
+    layer_norm,
+    rms_norm,
+)
 from .modules import FastLayerNorm, FastRMSNorm
+from .target import target
 
 __all__ = [
     "FastLayerNorm",
     "FastRMSNorm",
     "Verdict",
     "add_layer_norm",
+    "add_layer_norm_",
     "add_rms_norm",
+    "add_rms_norm_",
     "explain",
     "layer_norm",
     "rms_norm",
+    "target",
 ]

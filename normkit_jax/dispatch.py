@@ -13,7 +13,7 @@ from normkit import registry
 from normkit.arrays import Array, dtype_name
 from normkit.call import Call
 from normkit.errors import DeviceError, DtypeError
-from normkit.interface import Forward, Gradients, Wanted
+from normkit.interface import Kernels
 from normkit.spec import Operand, Problem
 
 from . import device
@@ -26,18 +26,16 @@ def as_jax(call: Call) -> Call:
         if not isinstance(array, jax.Array | np.ndarray):
             raise DtypeError(f"{name} must be a JAX or NumPy array, got {type(array).__module__}.{type(array).__qualname__}")
     asked = [*call.dtypes().values(), *(dtype_name(array.dtype) for array in call.arrays.values())]
-    if "float64" in asked and not jax.config.read(  # type: ignore[no-untyped-call]
-        "jax_enable_x64"
-    ):
+    if "float64" in asked and not jax.config.read("jax_enable_x64"):
         raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
     _check_devices(call.arrays)
-    return _varying_alike(call.with_arrays(lambda _, array: jnp.asarray(array)))
+    return call.with_arrays(lambda _, array: jnp.asarray(array))
 
 
-def _varying_alike(call: Call) -> Call:
+def varying_alike(call: Call) -> Call:
     """Under shard_map, let every array vary over the mesh axes that any of them varies over.
 
-    The gradient of an array that is the same on all devices is then summed over them, as with JAX's own operations.
+    To be undone for a gradient: where the array given was the same on several devices, its gradient is summed over them.
     """
     varying = {name: jax.typeof(array).manual_axis_type.varying for name, array in call.arrays.items()}
     union = frozenset[str]().union(*varying.values())
@@ -71,20 +69,6 @@ def problem_of(call: Call, needs_grad: bool) -> Problem:
     return call.problem(operand, platform=device.platform_of(call.x), needs_grad=needs_grad)
 
 
-def forward(call: Call, problem: Problem) -> Forward:
-    """Choose an implementation and compute."""
-    kernels = registry.select(problem, TABLE, call.implementation).load()
-    return kernels.forward(problem, call.x, call.residual, call.weight, call.bias)
-
-
-def backward(
-    problem: Problem,
-    implementation: str | None,
-    dy: Array,
-    dresidual_out: Array | None,
-    saved: tuple[Array | None, ...],
-) -> Gradients:
-    """Choose an implementation and compute the gradients from what the forward saved: h, weight, mean and rstd."""
-    kernels = registry.select(problem, TABLE, implementation).load()
-    h, weight, mean, rstd = saved
-    return kernels.backward(problem, Wanted.by(problem), dy, dresidual_out, h, weight, mean, rstd)
+def kernels_of(problem: Problem, implementation: str | None) -> Kernels:
+    """Choose an implementation."""
+    return registry.select(problem, TABLE, implementation).load()

@@ -12,7 +12,7 @@ from normkit import registry
 from normkit.call import Call, bind
 from normkit.registry import Verdict
 
-from . import dispatch, primitive
+from . import dispatch, gradient
 from .implementations import TABLE
 
 
@@ -186,6 +186,53 @@ def add_layer_norm(
     )
 
 
+def add_rms_norm_(
+    x: ArrayLike,
+    residual: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    rounding: str | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """Do as `add_rms_norm` does, with y in the memory of x and residual_out in that of residual, where a kernel computes it.
+
+    For arguments that are donated to jit, and others that are not needed again: nothing is then copied or allocated. It stays
+    a function of JAX: XLA makes a copy of an array that is still needed, which costs more than `add_rms_norm` would.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> step = jax.jit(add_rms_norm_, donate_argnums=(0, 1))
+        >>> y, residual_out = step(jnp.array([[1.0, 3.0]]), jnp.array([[2.0, -6.0]]))
+        >>> residual_out
+        Array([[ 3., -3.]], dtype=float32)
+    """
+    return compute(Call("add_rms_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation))
+
+
+def add_layer_norm_(
+    x: ArrayLike,
+    residual: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    weight_offset: float = 0.0,
+    rounding: str | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """Do as `add_layer_norm` does, with y in the memory of x and residual_out in that of residual; see `add_rms_norm_`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> add_layer_norm_(jnp.array([[1.0, 3.0]]), jnp.array([[0.0, 4.0]]), eps=0.0)[0]
+        Array([[-1.,  1.]], dtype=float32)
+    """
+    return compute(Call("add_layer_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation))
+
+
 def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: Any) -> list[Verdict]:
     """Say which implementation a call of one of the functions takes, and why not the others; nothing is computed.
 
@@ -201,7 +248,7 @@ def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: A
     Example:
         >>> import jax.numpy as jnp
         >>> [(verdict.name, verdict.accepted) for verdict in explain("rms_norm", jnp.ones((2, 8)))]
-        [('reference', True)]
+        [('triton', False), ('reference', True)]
     """
     call = dispatch.as_jax(bind(globals(), function, x, *arrays, **options))
     return registry.explain(dispatch.problem_of(call, needs_grad=False), TABLE)
@@ -210,4 +257,4 @@ def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: A
 def compute(call: Call) -> Any:
     """Compute a call, eagerly or under any of JAX's transformations."""
     call = dispatch.as_jax(call)
-    return call.result(primitive.norm(call))
+    return call.result(gradient.norm(call))

@@ -3,4 +3,7 @@
 
 from normkit.registry import Implementation
 
-TABLE = (Implementation("reference", "normkit.reference"),)
+TABLE = (
+    Implementation("triton", "normkit_jax.launch", automatic=("cuda", "rocm")),
+    Implementation("reference", "normkit.reference"),
+)

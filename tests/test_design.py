@@ -219,8 +219,11 @@ def rows_of_table(text: str, first: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
 
 
-def test_the_support_table_of_the_readme_is_what_the_tables_say() -> None:
+def test_the_support_table_of_the_readme_is_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    if "JAX" in tables():
+        # the table is for the newest versions
+        monkeypatch.setattr("jax.__version_info__", (0, 11, 2))
     head, *rows = rows_of_table((ROOT / "README.md").read_text(encoding="utf-8"), "platform")
     assert [row[0] for row in rows] == ["cuda", "rocm", "xpu", "cpu", "any other"]
     for platform, *cells in rows:

@@ -140,6 +140,27 @@ def test_gradient_through_a_widened_residual_out_without_a_residual(framework: F
 
 @EACH
 @KINDS
+def test_gradient_through_residual_out_alone_where_rstd_is_infinite(framework: Framework, kind: str) -> None:
+    """y of a row of zeros without eps is NaN; its residual_out is not, and nor is the gradient through that."""
+    rows, ones = framework.array(np.zeros((2, 8), np.float32)), framework.array(np.ones(8, np.float32))
+    function = partial(getattr(framework.front_end, f"add_{kind}_norm"), eps=0.0)
+    if framework.name == "torch":
+        import torch
+
+        leaves = [array.clone().requires_grad_() for array in (rows, rows, ones, ones)]
+        found = torch.autograd.grad(
+            function(*leaves)[1], leaves, framework.array(np.ones((2, 8), np.float32)), allow_unused=True
+        )
+    else:
+        import jax
+
+        found = jax.grad(lambda *given: function(*given)[1].sum(), argnums=(0, 1, 2, 3))(rows, rows, ones, ones)
+    for gradient, expected in zip(found, (1.0, 1.0, 0.0, 0.0), strict=True):
+        assert gradient is None if framework.name == "torch" and not expected else (gradient == expected).all()
+
+
+@EACH
+@KINDS
 def test_the_gradient_of_the_residual_stream_reaches_the_first_block(framework: Framework, kind: str) -> None:
     """Two blocks without anything between: the stream's gradient is the sum over both norms and the end of the stream."""
     rng = np.random.default_rng(4)

@@ -18,6 +18,7 @@ from .conftest import Ledger
 ROOT = Path(__file__).parents[1]
 INTERPRETED = {
     "every case": ("tests/test_functional.py", "-k", "torch-triton"),
+    "every case, inside jax.jit": ("tests/test_functional.py", "-k", "jax-triton"),
     "memory, strides, rows, properties": ("tests/triton_interpreter",),
 }
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The norms of `normkit_jax` as modules of Equinox: `normed, residual = norm(hidden, residual)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from normkit.checkpoint import Weights
+from normkit.errors import MissingPackageError
+
+from . import modules
+from .functional import add_layer_norm, add_rms_norm
+
+try:
+    import equinox as eqx
+except ImportError as error:
+    raise MissingPackageError(f"normkit_jax.equinox needs the package equinox: pip install equinox ({error})") from error
+
+
+class FastRMSNorm(eqx.Module):
+    r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
+    \text{weight})$ with h = hidden_states + residual. Its one leaf is the weight; all else is static.
+
+    Unlike equinox.nn.RMSNorm it takes any leading dimensions, so that no vmap is needed; under one it is as fast.
+
+    Args:
+        hidden_size: length of a row.
+        eps: inside the root.
+        weight_offset: 1.0 for Gemma.
+        rounding: None, "sum", "stored" or "hf"; see `normkit_jax.add_rms_norm`.
+        implementation: one by name; None chooses at each call.
+        dtype: of the weight, which starts as 1 - weight_offset; None is JAX's default float.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> norm = FastRMSNorm(2, eps=0.0)
+        >>> normed, residual = norm(jnp.array([[1.0, 3.0]]), jnp.array([[2.0, -6.0]]))
+        >>> normed, residual
+        (Array([[ 1., -1.]], dtype=float32), Array([[ 3., -3.]], dtype=float32))
+    """
+
+    weight: Array
+    eps: float = eqx.field(static=True)
+    weight_offset: float = eqx.field(static=True)
+    rounding: str | None = eqx.field(static=True)
+    implementation: str | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        weight_offset: float = 0.0,
+        rounding: str | None = None,
+        implementation: str | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> None:
+        self.weight = jnp.full(hidden_size, 1.0 - weight_offset, dtype)
+        self.eps = eps
+        self.weight_offset = weight_offset
+        self.rounding = rounding
+        self.implementation = implementation
+
+    @classmethod
+    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float = 1e-6, **options: Any) -> FastRMSNorm:
+        """Load `{prefix}.weight`.
+
+        Args:
+            prefix: such as "model.layers.0.input_layernorm".
+            weights: anything with get_tensor(name), or a mapping from names to arrays.
+            eps: inside the root.
+            **options: weight_offset, rounding and implementation.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+        """
+        weight = modules.FastRMSNorm.load(prefix, weights, eps).weight
+        return eqx.tree_at(lambda norm: norm.weight, cls(weight.size, eps, **options), weight)
+
+    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
+        return add_rms_norm(
+            hidden_states,
+            residual,
+            self.weight,
+            eps=self.eps,
+            weight_offset=self.weight_offset,
+            rounding=self.rounding,
+            implementation=self.implementation,
+        )
+
+
+class FastLayerNorm(eqx.Module):
+    r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
+    \text{weight} + \text{bias}$ with h = hidden_states + residual. Its leaves are weight and bias; all else is static.
+
+    Unlike equinox.nn.LayerNorm it takes any leading dimensions, so that no vmap is needed; under one it is as fast.
+
+    Args:
+        hidden_size: length of a row.
+        eps: inside the root.
+        use_bias: whether there is a bias; without one, `bias` is None.
+        rounding: None, "sum", "stored" or "hf"; see `normkit_jax.add_rms_norm`.
+        implementation: one by name; None chooses at each call.
+        dtype: of weight and bias, which start as ones and zeros; None is JAX's default float.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> norm = FastLayerNorm.load_no_bias("ln_f", {"ln_f.weight": jnp.ones(2)}, eps=0.0)
+        >>> norm(jnp.array([[1.0, 3.0]]))[0]
+        Array([[-1.,  1.]], dtype=float32)
+    """
+
+    weight: Array
+    bias: Array | None
+    eps: float = eqx.field(static=True)
+    rounding: str | None = eqx.field(static=True)
+    implementation: str | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        use_bias: bool = True,
+        rounding: str | None = None,
+        implementation: str | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> None:
+        self.weight = jnp.ones(hidden_size, dtype)
+        self.bias = jnp.zeros(hidden_size, dtype) if use_bias else None
+        self.eps = eps
+        self.rounding = rounding
+        self.implementation = implementation
+
+    @classmethod
+    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
+        """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`, without weight_offset."""
+        weight, bias = jax.tree.leaves(modules.FastLayerNorm.load(prefix, weights, eps))
+        return eqx.tree_at(lambda norm: (norm.weight, norm.bias), cls(weight.size, eps, **options), (weight, bias))
+
+    @classmethod
+    def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
+        """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`, without weight_offset."""
+        [weight] = jax.tree.leaves(modules.FastLayerNorm.load_no_bias(prefix, weights, eps))
+        return eqx.tree_at(lambda norm: norm.weight, cls(weight.size, eps, use_bias=False, **options), weight)
+
+    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
+        return add_layer_norm(
+            hidden_states,
+            residual,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            rounding=self.rounding,
+            implementation=self.implementation,
+        )

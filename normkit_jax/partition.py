@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels on sharded arrays: each device computes the rows it has. Only the gradients of weight and bias need communication."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from normkit.arrays import Array, cast
+from normkit.spec import Problem
+
+from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot
+
+
+def by_rows(
+    function: Callable[..., list[Array]], problem: Problem, signature: Signature, given: Sequence[Array]
+) -> list[Array]:
+    """Compute function(problem, *given) on each device's rows, with that device's problem.
+
+    Args:
+        function: computes the results that `signature` has from the operands it has.
+        problem: of the whole arrays.
+        signature: the operands and results, in order.
+        given: the operands that there are.
+    """
+    if len(problem.shape) == 1:
+        return function(problem, *given)
+    operands = [slot for slot in signature.operands if slot.dtype]
+    results = [slot for slot in signature.results if slot.dtype]
+
+    @custom_partitioning
+    def whole(*arrays: Array) -> tuple[Array, ...]:
+        return tuple(function(problem, *arrays))
+
+    def partition(mesh: Any, operand_shapes: Any, result_shapes: Any) -> Any:
+        rows, hidden = _row_axes(operand_shapes[0])
+        if hidden:
+            warnings.warn(
+                f"the rows of normkit's operands are split over {hidden}: they are gathered first, "
+                "because a norm needs whole rows; shard the other dimensions instead",
+                stacklevel=2,
+            )
+        reduced = tuple(axis for axes in rows for axis in axes)
+
+        def compute(*arrays: Array) -> list[Array]:
+            own = replace(problem, shape=arrays[0].shape)
+            if not (reduced and any(slot.kind == PARAMETER for slot in results)):
+                return function(own, *arrays)
+            # the sums of each device are rounded only when they are added up
+            wide: dict[str, Any] = {name: getattr(own, name) and own.compute_dtype for name in ("weight_dtype", "bias_dtype")}
+            computed = function(replace(own, **wide), *arrays)
+            return [
+                cast(jax.lax.psum(array, reduced), slot.dtype or "") if slot.kind == PARAMETER else array
+                for slot, array in zip(results, computed, strict=True)
+            ]
+
+        def local(*arrays: Array) -> tuple[Array, ...]:
+            return tuple(_local_p.bind(*arrays, compute=compute))
+
+        def sharding(slot: Slot) -> NamedSharding:
+            specs = {ROWS: (*rows, ()), STATISTIC: rows, PARAMETER: ((),)}
+            return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in specs[slot.kind])))
+
+        return mesh, local, tuple(map(sharding, results)), tuple(map(sharding, operands))
+
+    whole.def_partition(partition=partition, sharding_rule=_rule(operands, results))
+    return list(whole(*given))
+
+
+def needs_devices(primitive: Primitive) -> None:
+    """Let the lowering of a primitive know the devices, without which by_rows cannot partition.
+
+    JAX has no public name for this; custom_partitioning itself does the same.
+    """
+    prim_requires_devices_during_lowering.add(primitive)
+
+
+# What a device computes of its own rows, lowered outside of any mesh. In a mesh with explicit axes JAX would write shardings
+# into it, which are of no use in a program that is partitioned already, and which XLA does not take: in the computation that
+# adds two numbers for a psum they even end the process.
+_local_p = Primitive("normkit_local")
+_local_p.multiple_results = True
+
+
+def _without_mesh() -> AbstractContextManager[None]:
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def _plain(arrays: Iterable[Any]) -> list[Any]:
+    return [jax.core.ShapedArray(array.shape, array.dtype) for array in arrays]
+
+
+def _abstract_local(*given: Any, compute: Callable[..., list[Array]]) -> list[Any]:
+    with _without_mesh():
+        return _plain(jax.eval_shape(compute, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given)))
+
+
+def _lower_local(context: Any, *arrays: Any, compute: Callable[..., list[Array]]) -> Any:
+    with _without_mesh():
+        plain = context.replace(avals_in=_plain(context.avals_in), avals_out=_plain(context.avals_out))
+        return mlir.lower_fun(compute, multiple_results=True)(plain, *arrays)
+
+
+_local_p.def_abstract_eval(_abstract_local)
+mlir.register_lowering(_local_p, _lower_local)
+
+
+def _row_axes(operand: Any) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Return the mesh axes of each leading dimension, and those of the last one."""
+    spec = tuple(operand.sharding.spec)
+    spec += (None,) * (len(operand.shape) - len(spec))
+    axes = tuple(() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec)
+    return axes[:-1], axes[-1]
+
+
+def _rule(operands: Sequence[Slot], results: Sequence[Slot]) -> str:
+    """Return the sharding rule: "r0 r1 n" for rows, "r0 r1" for statistics, "n" for parameters."""
+    leading = " ".join(f"r{index}" for index in range(len(operands[0].shape) - 1))
+    factors = {ROWS: f"{leading} n".strip(), STATISTIC: leading, PARAMETER: "n"}
+    sides = (", ".join(factors[slot.kind] for slot in slots) for slots in (operands, results))
+    return " -> ".join(sides)

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""These tests need eight devices, whose number is set once for a whole process: tests/test_jax_devices.py runs them."""
+
+from __future__ import annotations
+
+import os
+
+EIGHT = "--xla_force_host_platform_device_count=8"
+collect_ignore_glob = [] if EIGHT in os.environ.get("XLA_FLAGS", "") else ["test_*.py"]
