@@ -10,6 +10,9 @@ import jax
 
 from normkit.arrays import Array
 
+PLATFORMS = {"oneapi": "xpu"}
+"""What normkit calls those of JAX's platforms that have another name there."""
+
 
 def platform_of(array: Array) -> str:
     """Return the platform ("cuda", "rocm", "cpu", "tpu", ...) that an array is on, for a traced one JAX's default.
@@ -52,5 +55,5 @@ def arch_of(platform: str, devices: Iterable[jax.Device]) -> str | None:
 
 def _platform(device: jax.Device) -> str:
     if device.platform != "gpu":
-        return str(device.platform)
+        return PLATFORMS.get(device.platform, str(device.platform))
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

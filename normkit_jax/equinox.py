@@ -27,7 +27,8 @@ class FastRMSNorm(eqx.Module):
     r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
     \text{weight})$ with h = hidden_states + residual. Its one leaf is the weight; all else is static.
 
-    Unlike equinox.nn.RMSNorm it takes any leading dimensions, so that no vmap is needed; under one it is as fast.
+    Unlike equinox.nn.RMSNorm it takes any leading dimensions, so that no vmap is needed. Under one the gradient of the
+    weight is slower.
 
     Args:
         hidden_size: length of a row.
@@ -100,7 +101,8 @@ class FastLayerNorm(eqx.Module):
     r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
     \text{weight} + \text{bias}$ with h = hidden_states + residual. Its leaves are weight and bias; all else is static.
 
-    Unlike equinox.nn.LayerNorm it takes any leading dimensions, so that no vmap is needed; under one it is as fast.
+    Unlike equinox.nn.LayerNorm it takes any leading dimensions, so that no vmap is needed. Under one the gradient of the
+    weight is slower.
 
     Args:
         hidden_size: length of a row.

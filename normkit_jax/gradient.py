@@ -94,7 +94,8 @@ def _of_type(gradient: Array | None, of: Any) -> Array | None:
         return None
     if missing := tuple(_varying(jax.typeof(gradient)) - _varying(of)):
         gradient = jax.lax.psum(gradient, missing)
-    if jax.typeof(gradient).sharding != of.sharding:
+    # the mesh may differ: arrays that are not sharded need not have one
+    if jax.typeof(gradient).sharding.spec != of.sharding.spec:
         gradient = jax.reshard(gradient, of.sharding)
     return cast(gradient, of.dtype.name)
 

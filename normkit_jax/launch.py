@@ -20,6 +20,9 @@ from normkit.spec import Problem
 from . import message
 from .operands import Signature, backward_signature, forward_signature
 
+PER_DEVICE = True
+"""Whether XLA has to be told that each device can compute the rows it has; see `normkit_jax.partition`."""
+
 TARGET = "triton_kernel_call_ffi"
 """The custom call that jaxlib's CUDA and ROCm plugins register."""
 
@@ -41,6 +44,8 @@ def supports(problem: Problem) -> Rejected | None:
         return Rejected("triton is not installed: pip install triton")
     if not all(isinstance(size, int) for size in problem.shape):
         return Rejected(f"its launches need sizes known while compiling, and the shape is {problem.shape}")
+    if problem.rows >= 2**31:
+        return Rejected(f"its launches count rows in 32 bits, and there are {problem.rows}")
     return plan.supports(problem)
 
 

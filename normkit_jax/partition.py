@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +19,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from normkit.arrays import Array, cast
+from normkit.errors import UnsupportedError
 from normkit.spec import Problem
 
 from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot
@@ -43,7 +46,12 @@ def by_rows(
         return tuple(function(problem, *arrays))
 
     def partition(mesh: Any, operand_shapes: Any, result_shapes: Any) -> Any:
-        rows, hidden = _row_axes(operand_shapes[0])
+        rows, hidden = _row_axes(operands, operand_shapes)
+        summed = any(slot.kind == PARAMETER for slot in results)
+        if summed:
+            # what pads a device's share where the rows do not divide evenly must not be summed
+            sizes = operand_shapes[0].shape
+            rows = tuple(axes if size % _devices(mesh, axes) == 0 else () for axes, size in zip(rows, sizes, strict=False))
         if hidden:
             warnings.warn(
                 f"the rows of normkit's operands are split over {hidden}: they are gathered first, "
@@ -54,7 +62,7 @@ def by_rows(
 
         def compute(*arrays: Array) -> list[Array]:
             own = replace(problem, shape=arrays[0].shape)
-            if not (reduced and any(slot.kind == PARAMETER for slot in results)):
+            if not (reduced and summed):
                 return function(own, *arrays)
             # the sums of each device are rounded only when they are added up
             wide: dict[str, Any] = {name: getattr(own, name) and own.compute_dtype for name in ("weight_dtype", "bias_dtype")}
@@ -80,7 +88,8 @@ def by_rows(
 def needs_devices(primitive: Primitive) -> None:
     """Let the lowering of a primitive know the devices, without which by_rows cannot partition.
 
-    JAX has no public name for this; custom_partitioning itself does the same.
+    JAX has no public name for this; custom_partitioning itself does the same. JAX then wants one mesh of devices that are
+    there for a whole program, so this is for programs that may come to have kernels.
     """
     prim_requires_devices_during_lowering.add(primitive)
 
@@ -115,17 +124,58 @@ _local_p.def_abstract_eval(_abstract_local)
 mlir.register_lowering(_local_p, _lower_local)
 
 
-def _row_axes(operand: Any) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Return the mesh axes of each leading dimension, and those of the last one."""
-    spec = tuple(operand.sharding.spec)
-    spec += (None,) * (len(operand.shape) - len(spec))
+def _devices(mesh: Any, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _row_axes(slots: Sequence[Slot], arrays: Sequence[Any]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Return the mesh axes over which any operand has each leading dimension spread, and x has the last one."""
+    shardings = [array.sharding for slot, array in zip(slots, arrays, strict=True) if slot.kind == ROWS]
+    for sharding in shardings:
+        if not isinstance(sharding, NamedSharding):
+            raise UnsupportedError(
+                f"arrays sharded by a NamedSharding can be partitioned, and this one is by {type(sharding).__name__}: "
+                "use jax.shard_map, or implementation='reference'"
+            )
+    spec = common_spec([sharding.spec for sharding in shardings], len(arrays[0].shape))
     axes = tuple(() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec)
     return axes[:-1], axes[-1]
 
 
+def common_spec(specs: Iterable[Any], dimensions: int) -> list[Any]:
+    """Return for each dimension how the first array that has it spread does, over axes that no dimension before it takes.
+
+    Example:
+        >>> from jax.sharding import PartitionSpec as P
+        >>> common_spec([P(None, "b"), P(("a", "b"))], 3)
+        [('a', 'b'), None, None]
+    """
+    padded = [(*spec, *(None,) * (dimensions - len(spec))) for spec in specs]
+    common: list[Any] = []
+    taken: set[str] = set()
+    for choices in zip(*padded, strict=True):
+        for part in choices:
+            axes = {part} if isinstance(part, str) else set(part or ())
+            if axes and not axes & taken:
+                break
+        else:
+            part, axes = None, set()
+        common.append(part)
+        taken |= axes
+    return common
+
+
 def _rule(operands: Sequence[Slot], results: Sequence[Slot]) -> str:
-    """Return the sharding rule: "r0 r1 n" for rows, "r0 r1" for statistics, "n" for parameters."""
-    leading = " ".join(f"r{index}" for index in range(len(operands[0].shape) - 1))
-    factors = {ROWS: f"{leading} n".strip(), STATISTIC: leading, PARAMETER: "n"}
-    sides = (", ".join(factors[slot.kind] for slot in slots) for slots in (operands, results))
+    """Return the sharding rule: "r0 r1 n0" for rows, "r0 r1" for statistics, "n1" for parameters.
+
+    Each array has a last dimension of its own, so that one which is sharded there does not have others sharded and gathered.
+    """
+    leading = [f"r{index}" for index in range(len(operands[0].shape) - 1)]
+    numbers = itertools.count()
+
+    def factors(slot: Slot) -> str:
+        own = [] if slot.kind == STATISTIC else [f"n{next(numbers)}"]
+        return " ".join([*([] if slot.kind == PARAMETER else leading), *own])
+
+    sides = [", ".join(map(factors, slots)) for slots in (operands, results)]
     return " -> ".join(sides)

@@ -18,17 +18,17 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from normkit import reference
-from normkit.arrays import Array, cast, numpy_dtype
+from normkit.arrays import Array, cast, numpy_dtype, rounded
 from normkit.interface import Forward, Gradients, Kernels, Wanted
 from normkit.spec import Problem
 
 from . import device, dispatch
 from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot, backward_signature, forward_signature
-from .partition import by_rows, needs_devices
-from .target import arch_of
+from .partition import by_rows, common_spec, needs_devices
+from .target import arch_of, expected
 
-# "other" stands for every platform without kernels of its own, such as tpu.
-PLATFORMS = ("cpu", "cuda", "rocm", "other")
+# JAX's names; "other" stands for every platform without kernels of its own, such as tpu.
+PLATFORMS = ("cpu", "cuda", "rocm", "oneapi", "other")
 
 forward_p = Primitive("normkit_forward")
 backward_p = Primitive("normkit_backward")
@@ -37,7 +37,7 @@ backward_p = Primitive("normkit_backward")
 def forward(problem: Problem, implementation: str | None, *operands: Array | None) -> Forward:
     """Compute y, residual_out and the statistics of x, residual, weight and bias."""
     signature = forward_signature(problem)
-    results = forward_p.bind(*signature.given(operands), problem=problem, implementation=implementation)
+    results = _bind(forward_p, *signature.given(operands), problem=problem, implementation=implementation)
     return Forward(*signature.spread(results))
 
 
@@ -46,8 +46,15 @@ def backward(problem: Problem, implementation: str | None, wanted: Wanted, *oper
     given = operands[1] is not None
     signature = backward_signature(problem, wanted, given)
     options = {"implementation": implementation, "wanted": wanted, "has_dresidual_out": given}
-    results = backward_p.bind(*signature.given(operands), problem=problem, **options)
+    results = _bind(backward_p, *signature.given(operands), problem=problem, **options)
     return Gradients(*signature.spread(results))
+
+
+def _bind(primitive: Primitive, *given: Array, **parameters: Any) -> list[Array]:
+    if expected():
+        needs_devices(primitive)
+    results: list[Array] = primitive.bind(*given, **parameters)
+    return results
 
 
 def _run_forward(problem: Problem, kernels: Kernels, whole: bool, *given: Array) -> list[Array]:
@@ -79,9 +86,14 @@ def _batch_forward(
     if axes["weight"] is None and axes["bias"] is None:
         results = forward(folded, implementation, *arrays.values())
     else:
+        compute = problem.compute_dtype
         plain = replace(folded, spec=replace(problem.spec, weight_offset=0.0), weight_dtype=None, bias_dtype=None)
-        plain = replace(plain, out_dtype=plain.compute_dtype, in_place=False)
-        x_hat, *others = forward(plain, implementation, arrays["x"], arrays["residual"], None, None)
+        plain = replace(plain, out_dtype=compute, in_place=False)
+        # float64 where only the weight or the bias is, which are applied afterwards
+        plain = plain if plain.compute_dtype == compute else replace(plain, x_dtype=compute)
+        x_hat, *others = forward(plain, implementation, cast(arrays["x"], plain.x_dtype), arrays["residual"], None, None)
+        if problem.spec.rounding == "hf" and plain.x_dtype != problem.x_dtype:
+            x_hat = rounded(x_hat, problem.x_dtype)
         scale = jax.vmap(partial(reference.scale_and_shift, problem), in_axes=(0, axes["weight"], axes["bias"]))
         results = Forward(scale(x_hat, arrays["weight"], arrays["bias"]), *others)
     computed = [result for result in results if result is not None]
@@ -110,9 +122,13 @@ def _batch_backward(
         weight = weight.reshape(weight.shape[0], *(1,) * (len(problem.shape) - 1), weight.shape[1])
         arrays |= {"dy": cast(arrays["dy"], compute) * weight, "weight": None}
         folded = replace(folded, spec=replace(problem.spec, weight_offset=0.0), weight_dtype=None, out_dtype=compute)
+        if folded.compute_dtype != compute:
+            folded = replace(folded, x_dtype=compute)
+            arrays["h"] = cast(arrays["h"], folded.h_dtype)
     rows = Gradients(None, None, None, None)
     if wanted.dx or wanted.dresidual:
         rows = backward(folded, implementation, Wanted(wanted.dx, wanted.dresidual, False, False), *arrays.values())
+        rows = rows if rows.dx is None else rows._replace(dx=cast(rows.dx, problem.x_dtype))
     computed = [gradient for gradient in (*rows[:2], *sums[2:]) if gradient is not None]
     return computed, [0] * len(computed)
 
@@ -140,13 +156,16 @@ def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., An
     """Return the rule that lowers a primitive for a platform: trace the implementation chosen for it."""
 
     def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **options: Any) -> Any:
-        problem = replace(problem, platform=platform)
+        problem = replace(problem, platform=device.PLATFORMS.get(platform, platform))
         kernels = dispatch.kernels_of(problem, implementation)
         if kernels is not reference:
-            problem = replace(problem, arch=arch_of(platform, device.lowered_for(context)))
-        # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it.
+            problem = replace(problem, arch=arch_of(problem.platform, device.lowered_for(context)))
+        # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it. And
+        # where shard_map has taken some axes of a mesh already, XLA does not say how the others are used.
         exported = context.module_context.lowering_parameters.for_export
-        function = partial(run, problem, kernels, exported or kernels is reference, **options)
+        taken = getattr(context.module_context.axis_context, "manual_axes", None)
+        whole = bool(exported or taken or not getattr(kernels, "PER_DEVICE", False))
+        function = partial(run, problem, kernels, whole, **options)
         return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
     return rule
@@ -159,21 +178,24 @@ def _define(
     def compiled(**parameters: Any) -> Any:
         return jax.jit(partial(primitive.bind, **parameters))
 
-    def abstract(first: Any, *_: Any, problem: Problem, implementation: str | None, **options: Any) -> list[Any]:
-        return [_aval(first, slot) for slot in signature(problem, **options).results if slot.dtype is not None]
+    def abstract(*given: Any, problem: Problem, implementation: str | None, **options: Any) -> list[Any]:
+        operands, results = signature(problem, **options)
+        slots = [slot for slot in operands if slot.dtype is not None]
+        rows = [array for slot, array in zip(slots, given, strict=True) if slot.kind == ROWS]
+        return [_aval(rows, slot) for slot in results if slot.dtype is not None]
 
     primitive.multiple_results = True
     primitive.def_impl(lambda *given, **parameters: compiled(**parameters)(*given))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batch
-    needs_devices(primitive)
     for platform in PLATFORMS:
         mlir.register_lowering(primitive, lowering(run, platform), platform=None if platform == "other" else platform)
 
 
-def _aval(first: Any, slot: Slot) -> Any:
-    """Return the abstract value of a result: with the sharding and the varying manual axes of the first operand's rows."""
-    spec = tuple(first.sharding.spec)
+def _aval(rows: Sequence[Any], slot: Slot) -> Any:
+    """Return the abstract value of a result: spread like the operands' rows, and varying over the same manual axes."""
+    spec = common_spec([array.sharding.spec for array in rows], len(rows[0].shape))
+    first = next((array for array in rows if not array.sharding.mesh.empty), rows[0])
     own = {ROWS: spec, STATISTIC: spec[:-1], PARAMETER: spec[-1:]}[slot.kind]
     sharding = first.sharding.update(spec=jax.sharding.PartitionSpec(*own))
     return first.update(shape=slot.shape, dtype=numpy_dtype(slot.dtype or ""), weak_type=False, sharding=sharding)

@@ -46,6 +46,11 @@ def target(*architectures: str) -> AbstractContextManager[None]:
     return _named(architectures)
 
 
+def expected() -> bool:
+    """Whether a program may come to have kernels: there is a GPU, or a target is named."""
+    return bool(_named.value) or jax.default_backend() == "gpu"
+
+
 def arch_of(platform: str, devices: Iterable[jax.Device]) -> str | None:
     """Return the architecture to compile for: that of the devices, or the target named; None on a platform without one.
 

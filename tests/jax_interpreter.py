@@ -25,12 +25,13 @@ def install() -> None:
     """Lower the primitives on the CPU as on cuda, with a call of the interpreter in place of the custom call."""
     from jax.interpreters import mlir
 
-    from normkit_jax import device, launch, primitive
+    from normkit_jax import device, launch, partition, primitive
 
     vars(device)["platform_of"] = lambda _: "cuda"
     vars(device)["arch_of"] = lambda *_: "sm_90"
     vars(launch)["_launch"] = _launch
     for operation, run in ((primitive.forward_p, primitive._run_forward), (primitive.backward_p, primitive._run_backward)):
+        partition.needs_devices(operation)
         mlir.register_lowering(operation, _calling_back(primitive.lowering(run, "cuda")), platform="cpu")
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -279,3 +280,10 @@ def test_triton_is_imported_only_to_compile_for_a_gpu() -> None:
         """
     command = [sys.executable, "-c", "\n".join(line.removeprefix(" " * 8) for line in code.splitlines())]
     subprocess.run(command, check=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def test_more_rows_than_32_bits_count_are_refused() -> None:
+    pytest.importorskip("triton")
+    x = jax.ShapeDtypeStruct((2**31, 1), np.float32)
+    with normkit_jax.target("sm_90"), pytest.raises(UnsupportedError, match="32 bits, and there are 2147483648"):
+        jax.jit(partial(normkit_jax.rms_norm, implementation="triton")).trace(x).lower(lowering_platforms=("cuda",))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meshes as programs have them: of some arrays only, uneven, partly manual, abstract; and what goes between devices."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import normkit_jax
+
+KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
+IMPLEMENTATION = "triton" if KERNELS else "reference"
+REFERENCE_ONLY = pytest.mark.skipif(KERNELS, reason="JAX wants one mesh of real devices where there are kernels")
+
+
+def mesh_of(axis_type: Any = AxisType.Auto) -> Any:
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+
+
+def norm(x: Any, weight: Any) -> Any:
+    return normkit_jax.rms_norm(x, weight, implementation=IMPLEMENTATION)
+
+
+def plain(x: Any, weight: Any) -> Any:
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+
+
+def normal(*shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
+
+
+def communication(function: Any, *arrays: Any) -> Counter[tuple[str, str]]:
+    """Return what the compiled program sends between devices: operation and type, with how often."""
+    text = jax.jit(function).lower(*arrays).compile().as_text() or ""
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return Counter((match[2], match[1]) for match in re.finditer(rf"= (\w+\[[\d,]*\])\S* ({names})(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("constrained", ["x", "y", "x given sharded", "in a mesh"])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_gradients_where_not_every_array_has_the_mesh(constrained: str, jitted: bool) -> None:
+    mesh = mesh_of()
+    spread = NamedSharding(mesh, P("a", None))
+    x, weight = normal(8, 16), normal(16)
+
+    def gradients(function: Any) -> Any:
+        def loss(x: Any, weight: Any) -> Any:
+            constrain = jax.lax.with_sharding_constraint
+            x = constrain(x, spread) if constrained in ("x", "in a mesh") else x
+            y = function(x, weight)
+            return ((constrain(y, spread) if constrained == "y" else y) ** 3).sum()
+
+        gradient: Any = jax.grad(loss, argnums=(0, 1))
+        gradient = jax.jit(gradient) if jitted else gradient
+        given = jax.device_put(x, spread) if constrained == "x given sharded" else x
+        if constrained != "in a mesh":
+            return gradient(given, weight)
+        with jax.set_mesh(mesh):
+            return gradient(given, weight)
+
+    for found, expected in zip(gradients(norm), gradients(plain), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_padding_of_rows_that_do_not_divide_evenly_is_not_summed() -> None:
+    mesh = mesh_of()
+    x, dy, weight = normal(10, 16), normal(10, 16), normal(16)
+
+    def gradient(spec: Any) -> Any:
+        def spread(array: Any) -> Any:
+            return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+        def loss(weight: Any, x: Any, dy: Any) -> Any:
+            return (spread(norm(spread(2 * x + 1), weight)) * spread(2 * dy + 1)).sum()
+
+        compiled: Any = jax.jit(jax.grad(loss))
+        return compiled(weight, x, dy)
+
+    np.testing.assert_allclose(gradient(P("a", None)), gradient(P()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("manual", [{"a"}, {"a", "b"}])
+def test_shard_map_over_some_axes(manual: set[str]) -> None:
+    mesh, x, weight = mesh_of(), normal(16, 64), normal(64)
+    mapped = jax.shard_map(norm, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"), axis_names=manual)
+    np.testing.assert_array_equal(jax.jit(mapped)(x, weight), jax.jit(norm)(x, weight))
+    assert not communication(mapped, jax.device_put(x, NamedSharding(mesh, P("a"))), weight)
+
+
+@REFERENCE_ONLY
+def test_an_abstract_mesh_and_two_meshes_where_there_are_no_kernels() -> None:
+    abstract = NamedSharding(AbstractMesh((8,), ("a",)), P("a"))
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=abstract)
+    assert jax.jit(normkit_jax.rms_norm).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    one, other = jax.make_mesh((8,), ("all",), axis_types=(AxisType.Auto,)), mesh_of()
+    weight = jax.device_put(normal(64), NamedSharding(one, P()))
+    rows = jax.device_put(normal(16, 64), NamedSharding(other, P("a", "b")))
+    assert jax.jit(normkit_jax.rms_norm)(rows, weight).shape == (16, 64)
+
+
+def test_rows_are_spread_like_those_of_any_operand() -> None:
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x, weight = (jax.device_put(array, NamedSharding(mesh, P())) for array in (normal(8, 16), normal(16)))
+        residual = jax.device_put(normal(8, 16), NamedSharding(mesh, P("a")))
+
+        def block(*arrays: Any) -> Any:
+            return normkit_jax.add_rms_norm(*arrays, implementation=IMPLEMENTATION)
+
+        y, residual_out = jax.jit(block)(x, residual, weight)
+        assert jax.typeof(y).sharding.spec == jax.typeof(residual_out).sharding.spec == P("a", None)
+        assert not communication(block, x, residual, weight)
+
+
+@pytest.mark.parametrize("spec", [P("b"), P("a"), P(("a", "b"))], ids=str)
+def test_a_sharded_weight_is_gathered_and_nothing_else(spec: Any) -> None:
+    mesh = mesh_of()
+    x = jax.device_put(normal(32, 64), NamedSharding(mesh, P("a", None)))
+    matrix, weight = normal(64, 128), jax.device_put(normal(128), NamedSharding(mesh, spec))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = communication(lambda x, matrix, weight: norm(x @ matrix, weight), x, matrix, weight)
+    if KERNELS:
+        assert set(found) == {("all-gather", "f32[128]")}
+
+
+def test_a_matmul_split_along_the_rows_after_the_norm_gathers_no_rows() -> None:
+    mesh = mesh_of()
+    x = jax.device_put(normal(32, 128), NamedSharding(mesh, P("a", None)))
+    matrix = jax.device_put(normal(128, 256), NamedSharding(mesh, P("b", None)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = communication(lambda x, weight, matrix: norm(2 * x, weight) @ matrix, x, normal(128), matrix)
+    assert {name for name, _ in found} <= {"all-reduce"}
