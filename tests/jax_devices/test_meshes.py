@@ -55,7 +55,7 @@ def test_gradients_where_not_every_array_has_the_mesh(constrained: str, jitted: 
 
     def gradients(function: Any) -> Any:
         def loss(x: Any, weight: Any) -> Any:
-            constrain = jax.lax.with_sharding_constraint
+            constrain: Any = jax.lax.with_sharding_constraint
             x = constrain(x, spread) if constrained in ("x", "in a mesh") else x
             y = function(x, weight)
             return ((constrain(y, spread) if constrained == "y" else y) ** 3).sum()
