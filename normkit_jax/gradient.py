@@ -3,36 +3,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad
+from jax.interpreters import partial_eval as pe
 
 from normkit import reference
 from normkit.arrays import Array, cast
 from normkit.call import Call
-from normkit.interface import Forward, Gradients, Wanted
+from normkit.interface import Forward, Wanted
 from normkit.spec import Problem
 
 from . import dispatch, primitive
+from .operands import Signature, backward_signature, forward_signature
 
 
 @jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Known:
+class _Known(NamedTuple):
     """What the backward pass knows before any value.
 
     Attributes:
         problem: that of the forward call.
-        wanted: the gradients that are asked for.
         types: those of x, residual, weight and bias, None for one that is absent; a gradient has its operand's type.
     """
 
     problem: Problem
-    wanted: Wanted
     types: tuple[Any, ...]
 
 
@@ -53,15 +53,13 @@ def _norm(
     return y, residual_out
 
 
-def _norm_forward(options: Call, *primals: Any) -> tuple[tuple[Array, Array | None], Any]:
-    operands = [None if primal is None else primal.value for primal in primals]
+def _norm_forward(options: Call, *operands: Array | None) -> tuple[tuple[Array, Array | None], Any]:
     call = dispatch.varying_alike(_call(options, *operands))
     problem = dispatch.problem_of(call, needs_grad=True)
-    y, residual_out, mean, rstd = _forward(problem, options.implementation, *_operands(call))
+    y, residual_out, mean, rstd = primitive.forward(problem, options.implementation, *_operands(call))
     saved = (call.x if residual_out is None else residual_out, call.weight, mean, rstd)
-    wanted = Wanted.by(problem, *(primal is not None and primal.perturbed for primal in primals))
     types = tuple(None if operand is None else jax.typeof(operand) for operand in operands)
-    return (y, residual_out), (_Known(problem, wanted, types), saved)
+    return (y, residual_out), (_Known(problem, types), saved)
 
 
 def _call(options: Call, x: Array, residual: Array | None, weight: Array | None, bias: Array | None) -> Call:
@@ -72,20 +70,14 @@ def _operands(call: Call) -> tuple[Array, Array | None, Array | None, Array | No
     return call.x, call.residual, call.weight, call.bias
 
 
-def _norm_backward(options: Call, kept: tuple[_Known, Any], cotangents: Any) -> tuple[Array | None, ...]:
-    known, saved = kept
-    problem, wanted = known.problem, known.wanted
-    dy, dresidual_out = (None if isinstance(cotangent, SymbolicZero) else cotangent for cotangent in cotangents)
-    if dy is None:
-        # not through the kernel: a rstd that is infinite would make zeros NaN
-        gradients = Gradients(dresidual_out if wanted.dx else None, dresidual_out if wanted.dresidual else None, None, None)
-    else:
-        # what is still to be summed over devices is rounded only afterwards
-        varying = _varying(jax.typeof(saved[0]))
-        summed = [name for name, of in zip(("weight", "bias"), known.types[2:], strict=True) if of and varying - _varying(of)]
-        dtypes: dict[str, Any] = dict.fromkeys((f"{name}_dtype" for name in summed), problem.compute_dtype)
-        gradients = _backward(replace(problem, **dtypes), options.implementation, wanted, dy, dresidual_out, *saved)
-    return tuple(map(_of_type, gradients.by_operand(problem), known.types))
+def _norm_backward(options: Call, kept: tuple[_Known, Any], cotangents: tuple[Array, Array | None]) -> tuple[Array | None, ...]:
+    (problem, types), saved = kept
+    # what is still to be summed over devices is rounded only afterwards
+    varying = _varying(jax.typeof(saved[0]))
+    summed = [name for name, of in zip(("weight", "bias"), types[2:], strict=True) if of and varying - _varying(of)]
+    dtypes: dict[str, Any] = dict.fromkeys((f"{name}_dtype" for name in summed), problem.compute_dtype)
+    gradients = primitive.backward(replace(problem, **dtypes), options.implementation, Wanted.by(problem), *cotangents, *saved)
+    return tuple(map(_of_type, gradients.by_operand(problem), types))
 
 
 def _of_type(gradient: Array | None, of: Any) -> Array | None:
@@ -104,32 +96,45 @@ def _varying(of: Any) -> frozenset[str]:
     return frozenset(of.manual_axis_type.varying)
 
 
-# with symbolic zeros both learn what is not asked for or has no gradient, which is then neither computed nor read
-_norm.defvjp(_norm_forward, _norm_backward, symbolic_zeros=True)
+_norm.defvjp(_norm_forward, _norm_backward)
 
 
-def _with_gradient_of(slow: Callable[..., Any], fast: Callable[..., Any], statics: int) -> Any:
-    """Return `fast` with the gradient of `slow`, made of JAX's own operations: for second and higher derivatives."""
+def _jvp_rule(of: Primitive, signature: Callable[..., Signature], compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the rule for the tangents of a primitive: those of the reference, whose operations JAX differentiates further."""
 
-    def forward(*arguments: Any) -> tuple[Any, Any]:
-        return fast(*arguments), arguments[statics:]
+    def rule(
+        primals: Sequence[Array], tangents: Sequence[Any], problem: Problem, implementation: str | None, **wanted: Wanted
+    ) -> tuple[list[Array], list[Any]]:
+        slots = signature(problem, **wanted)
+        varied = [index for index, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
 
-    def backward(*arguments: Any) -> Any:
-        *static, operands, cotangents = arguments
-        return jax.vjp(partial(slow, *static), *operands)[1](cotangents)
+        def results_of(*given: Array) -> list[Array]:
+            operands = list(primals)
+            for index, array in zip(varied, given, strict=True):
+                operands[index] = array
+            return slots.made(compute(problem, **wanted, **slots.named(operands)))
 
-    function = jax.custom_vjp(fast, nondiff_argnums=tuple(range(statics)))
-    function.defvjp(forward, backward)
-    return function
+        given = [primals[index] for index in varied], [tangents[index] for index in varied]
+        results = of.bind(*primals, problem=problem, implementation=implementation, **wanted)
+        return results, jax.jvp(results_of, *given)[1]
 
-
-def _slow_forward(problem: Problem, implementation: str | None, *operands: Array | None) -> Forward:
-    return reference.forward(problem, *operands)
-
-
-def _slow_backward(problem: Problem, implementation: str | None, wanted: Wanted, *operands: Array | None) -> Gradients:
-    return reference.backward(problem, wanted, *operands)
+    return rule
 
 
-_forward = _with_gradient_of(_slow_forward, primitive.forward, statics=2)
-_backward = _with_gradient_of(_slow_backward, primitive.backward, statics=3)
+ad.primitive_jvps[primitive.forward_p] = _jvp_rule(primitive.forward_p, forward_signature, reference.forward)
+ad.primitive_jvps[primitive.backward_p] = _jvp_rule(primitive.backward_p, backward_signature, reference.backward)
+
+
+def _dce_rule(used: Sequence[bool], *live_and_equation: Any) -> tuple[list[bool], Any]:
+    """Leave out gradients that nothing uses: under jit a frozen weight costs nothing."""
+    # before the equation, jax 0.12 says which of its operands live
+    equation = live_and_equation[-1]
+    if not any(used):
+        return [False] * len(equation.invars), None
+    remaining = iter(used)
+    wanted = Wanted(*(asked and next(remaining) for asked in equation.params["wanted"]))
+    outvars = [variable for variable, kept in zip(equation.outvars, used, strict=True) if kept]
+    return [True] * len(equation.invars), equation.replace(outvars=outvars, params=equation.params | {"wanted": wanted})
+
+
+pe.dce_rules[primitive.backward_p] = _dce_rule

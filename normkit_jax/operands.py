@@ -59,11 +59,9 @@ def forward_signature(problem: Problem) -> Signature:
     return Signature(operands, _slots(problem, ("y", "residual_out", "mean", "rstd"), dtypes))
 
 
-def backward_signature(problem: Problem, wanted: Wanted, has_dresidual_out: bool = True) -> Signature:
+def backward_signature(problem: Problem, wanted: Wanted) -> Signature:
     """Return operands and results of the backward primitive, in the order of `Kernels.backward` and `Gradients`."""
     dtypes = gradient_dtypes(problem, wanted)
-    if not has_dresidual_out:
-        dtypes["dresidual_out"] = None
     for name, parameter in (("dweight", problem.weight_dtype), ("dbias", problem.bias_dtype)):
         dtypes[name] = dtypes[name] and parameter
     operands = _slots(problem, ("dy", "dresidual_out", "h", "weight", "mean", "rstd"), dtypes)

@@ -42,11 +42,9 @@ def forward(problem: Problem, implementation: str | None, *operands: Array | Non
 
 
 def backward(problem: Problem, implementation: str | None, wanted: Wanted, *operands: Array | None) -> Gradients:
-    """Compute the gradients from dy, dresidual_out, h, weight, mean and rstd; dresidual_out may be None for zeros."""
-    given = operands[1] is not None
-    signature = backward_signature(problem, wanted, given)
-    options = {"implementation": implementation, "wanted": wanted, "has_dresidual_out": given}
-    results = _bind(backward_p, *signature.given(operands), problem=problem, **options)
+    """Compute the gradients from dy, dresidual_out, h, weight, mean and rstd."""
+    signature = backward_signature(problem, wanted)
+    results = _bind(backward_p, *signature.given(operands), problem=problem, implementation=implementation, wanted=wanted)
     return Gradients(*signature.spread(results))
 
 
@@ -66,10 +64,8 @@ def _run_forward(problem: Problem, kernels: Kernels, whole: bool, *given: Array)
     return run(problem, *given) if whole else by_rows(run, problem, signature, given)
 
 
-def _run_backward(
-    problem: Problem, kernels: Kernels, whole: bool, *given: Array, wanted: Wanted, has_dresidual_out: bool
-) -> list[Array]:
-    signature = backward_signature(problem, wanted, has_dresidual_out)
+def _run_backward(problem: Problem, kernels: Kernels, whole: bool, *given: Array, wanted: Wanted) -> list[Array]:
+    signature = backward_signature(problem, wanted)
 
     def run(problem: Problem, *given: Array) -> list[Array]:
         return signature.made(kernels.backward(problem, wanted, **signature.named(given)))
@@ -107,10 +103,9 @@ def _batch_backward(
     problem: Problem,
     implementation: str | None,
     wanted: Wanted,
-    has_dresidual_out: bool,
 ) -> tuple[list[Array], list[int]]:
     """Fold the mapped axis into the rows for dx and dresidual; dweight and dbias are sums of each part of it alone."""
-    signature = backward_signature(problem, wanted, has_dresidual_out)
+    signature = backward_signature(problem, wanted)
     arrays, axes, folded = _fold(signature, given, dims, problem)
     sums = Gradients(None, None, None, None)
     if wanted.dweight or wanted.dbias:
@@ -155,7 +150,7 @@ def _fold(
 def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., Any]:
     """Return the rule that lowers a primitive for a platform: trace the implementation chosen for it."""
 
-    def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **options: Any) -> Any:
+    def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> Any:
         problem = replace(problem, platform=device.PLATFORMS.get(platform, platform))
         kernels = dispatch.kernels_of(problem, implementation)
         if kernels is not reference:
@@ -165,7 +160,7 @@ def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., An
         exported = context.module_context.lowering_parameters.for_export
         taken = getattr(context.module_context.axis_context, "manual_axes", None)
         whole = bool(exported or taken or not getattr(kernels, "PER_DEVICE", False))
-        function = partial(run, problem, kernels, whole, **options)
+        function = partial(run, problem, kernels, whole, **wanted)
         return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
     return rule
@@ -178,8 +173,8 @@ def _define(
     def compiled(**parameters: Any) -> Any:
         return jax.jit(partial(primitive.bind, **parameters))
 
-    def abstract(*given: Any, problem: Problem, implementation: str | None, **options: Any) -> list[Any]:
-        operands, results = signature(problem, **options)
+    def abstract(*given: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> list[Any]:
+        operands, results = signature(problem, **wanted)
         slots = [slot for slot in operands if slot.dtype is not None]
         rows = [array for slot, array in zip(slots, given, strict=True) if slot.kind == ROWS]
         return [_aval(rows, slot) for slot in results if slot.dtype is not None]

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 
 from .frameworks import installed
@@ -15,37 +16,66 @@ if "jax" not in installed():
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
 
 import normkit_jax
 
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Go through all equations of a jaxpr and of those within it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
+from .jax_gpu.decoder import messages
 
 
-@pytest.mark.parametrize("kind", ["rms", "layer"])
-@pytest.mark.parametrize("jitted", [False, True])
-def test_the_backward_pass_computes_and_reads_no_more_than_is_asked(kind: str, jitted: bool) -> None:
-    function = getattr(normkit_jax, f"add_{kind}_norm")
-    function = jax.jit(function) if jitted else function
-    rows, parameter = jnp.ones((3, 8)), jnp.ones(8)
-    for asks, names in (((0,), {"dx"}), ((1,), {"dx"}), ((2,), {"dweight"}), ((3,), {"dbias"}), ((0, 1, 3), {"dx", "dbias"})):
-        for through in ((0,), (1,), (0, 1)):
+def plain(x: Any, residual: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
+    h = x + residual
+    return h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-6) * weight + bias, h
 
-            def chosen(*given: Any, through: tuple[int, ...] = through) -> Any:
+
+@pytest.mark.parametrize("wrap", ["plain", "jit", "jit inlined", "checkpoint"])
+def test_what_was_asked_before_makes_no_difference(wrap: str) -> None:
+    wraps: dict[str, Any] = {"jit": jax.jit, "jit inlined": partial(jax.jit, inline=True), "checkpoint": jax.checkpoint}
+    function = wraps.get(wrap, lambda function: function)(normkit_jax.add_rms_norm)
+    operands = [jnp.arange(1.0, 25.0).reshape(3, 8)] * 2 + [jnp.arange(1.0, 9.0)] * 2
+    for asks in ((0,), (2,), (3,), (0, 1, 3), (1, 2), (0,), (2,)):
+        for through in ((0,), (1,), (0, 1), (0,)):
+
+            def loss(function: Any, *given: Any, through: tuple[int, ...] = through) -> Any:
                 results = function(*given)
-                return sum(results[index].sum() for index in through)
+                return sum((results[index] ** 2).sum() for index in through)
 
-            traced = jax.make_jaxpr(jax.grad(chosen, argnums=asks))(rows, rows, parameter, parameter)
-            backward = [eqn.params for eqn in equations(traced.jaxpr) if eqn.primitive.name == "normkit_backward"]
-            if through == (1,):
-                assert not backward, "the gradient of residual_out goes past the kernel"
-            else:
-                [params] = backward
-                assert {name for name, wanted in params["wanted"]._asdict().items() if wanted} == names
-                assert params["has_dresidual_out"] == (1 in through)
+            found = jax.grad(partial(loss, function), argnums=asks)(*operands)
+            expected = jax.grad(partial(loss, plain), argnums=asks)(*operands)
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+ROWS = "normkit_backward_rows"
+TOTAL = "normkit_sum_partials"
+
+
+@pytest.mark.parametrize(
+    ("asks", "launches"),
+    [
+        ((0,), [ROWS]),
+        ((1,), [ROWS]),
+        ((2,), [ROWS, TOTAL]),
+        ((0, 1, 3), [ROWS, TOTAL]),
+        ((0, 2, 3), [ROWS, TOTAL, TOTAL]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wrap", ["plain", "jit", "scan", "checkpoint"])
+def test_a_compiled_backward_pass_computes_no_more_than_is_asked(wrap: str, asks: tuple[int, ...], launches: list[str]) -> None:
+    pytest.importorskip("triton")
+
+    def loss(*operands: Any) -> Any:
+        wraps: dict[str, Any] = {"jit": jax.jit, "checkpoint": jax.checkpoint}
+        function = wraps.get(wrap, lambda function: function)(normkit_jax.add_layer_norm)
+        if wrap != "scan":
+            return sum((result**2).sum() for result in function(*operands))
+        x, residual, weight, bias = operands
+        (y, stream), _ = jax.lax.scan(lambda carry, _: (function(*carry, weight, bias), None), (x, residual), None, length=3)
+        return (y**2).sum() + stream.sum()
+
+    operands = [jax.ShapeDtypeStruct((3, 8), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((8,), jnp.float32)] * 2
+    gradient: Any = jax.jit(jax.grad(loss, argnums=asks))
+    with normkit_jax.target("sm_90"):
+        text = gradient.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    names = [message.name for message, _ in messages(text)]
+    assert [name for name in names if name != "normkit_forward_rows"] == launches
