@@ -3,4 +3,8 @@
 
 from .registry import Implementation
 
-TABLE = (Implementation("reference", "normkit.reference"),)
+TABLE = (
+    Implementation("vllm", "normkit.vendors.vllm", automatic=()),
+    Implementation("ipex", "normkit.vendors.ipex", automatic=()),
+    Implementation("reference", "normkit.reference"),
+)

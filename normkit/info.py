@@ -24,6 +24,9 @@ T = TypeVar("T")
 PACKAGES = ("normkit", "numpy", "ml_dtypes", "torch", "jax", "triton")
 """The packages whose versions are reported."""
 
+VENDORS = ("vllm", "ipex")
+"""The modules of `normkit.vendors` that are reported."""
+
 SHAPE = (4, 256)
 """Shape of the typical problem: add_rms_norm of float32 arrays with a weight."""
 
@@ -70,6 +73,27 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Vendor:
+    """A vendor's library.
+
+    Attributes:
+        name: of the implementation.
+        version: of the library, None if it is not installed.
+        operators: the names of those that are used.
+        rounds: how they round, for the libraries that can be used here.
+        problem: why it cannot be used, None if it can.
+        broken: what went wrong while it was looked at, None if nothing did.
+    """
+
+    name: str
+    version: str | None
+    operators: tuple[str, ...]
+    rounds: str
+    problem: str | None
+    broken: str | None
+
+
+@dataclass(frozen=True)
 class Report:
     """All that `normkit info` prints."""
 
@@ -77,13 +101,14 @@ class Report:
     system: str
     packages: tuple[Package, ...]
     checks: tuple[Check, ...]
+    vendors: tuple[Vendor, ...]
 
     @property
     def healthy(self) -> bool:
         """Whether everything that is installed works."""
         parts: list[Package | Check | Trial] = [*self.packages, *self.checks]
         parts += [trial for check in self.checks for trial in check.trials]
-        return not any(part.problem for part in parts)
+        return not any(part.problem for part in parts) and not any(vendor.broken for vendor in self.vendors)
 
 
 def collect() -> Report:
@@ -97,7 +122,8 @@ def collect() -> Report:
     packages = tuple(_package(name) for name in PACKAGES)
     frameworks = [package.name for package in packages if package.version and package.name in _DEVICES]
     checks = tuple(check for framework in frameworks for check in _checks(framework))
-    return Report(platform.python_version(), platform.platform(), packages, checks)
+    vendors = tuple(_vendor(name) for name in VENDORS)
+    return Report(platform.python_version(), platform.platform(), packages, checks, vendors)
 
 
 def render(report: Report) -> str:
@@ -106,6 +132,11 @@ def render(report: Report) -> str:
     for package in report.packages:
         state = package.version or ("not installed" if package.problem is None else f"BROKEN: {package.problem}")
         lines.append(f"{package.name:<10} {state}")
+    lines += ["", "vendors' libraries:"]
+    for vendor in report.vendors:
+        usable = f"{', '.join(vendor.operators)}; rounds {vendor.rounds}"
+        state = f"BROKEN: {vendor.broken}" if vendor.broken else vendor.problem or f"{vendor.version}: {usable}"
+        lines.append(f"  {vendor.name:<10} {state}")
     lines += ["", f"add_rms_norm of {SHAPE} float32 with a weight, against the reference in float64:"]
     for check in report.checks:
         lines += ["", f"{check.framework} on {check.device}"]
@@ -153,6 +184,15 @@ def _version(name: str) -> str | None:
         if error.name == name:
             return None
         raise
+
+
+def _vendor(name: str) -> Vendor:
+    module = import_module(f"normkit.vendors.{name}")
+    found, broken = _attempt(module.found)
+    if found is None or found.problem:
+        return Vendor(name, found and found.version, module.OPERATORS, "", found and found.problem, broken)
+    rounds, broken = _attempt(module.rounds)
+    return Vendor(name, found.version, module.OPERATORS, rounds or "", None, broken)
 
 
 def _torch_devices() -> dict[str, Any]:

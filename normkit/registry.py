@@ -63,9 +63,13 @@ def _judge(problem: Problem, implementation: Implementation) -> Verdict:
     rejected = _rejected(problem, implementation)
     if rejected is not None:
         return Verdict(implementation.name, False, rejected)
-    if implementation.automatic is not None and problem.platform not in implementation.automatic:
+    if not _automatic(problem, implementation):
         return Verdict(implementation.name, False, f"on {problem.platform} only by name: it is not the best choice there")
     return Verdict(implementation.name, True, f"computes this on {problem.platform}")
+
+
+def _automatic(problem: Problem, implementation: Implementation) -> bool:
+    return implementation.automatic is None or problem.platform in implementation.automatic
 
 
 def _rejected(problem: Problem, implementation: Implementation) -> str | None:
@@ -85,7 +89,8 @@ def select(problem: Problem, table: Sequence[Implementation], implementation: st
     """
     if implementation is None:
         for candidate in table:
-            if _judge(problem, candidate).accepted:
+            # the platform first: to ask a vendor's library for its verdict is to load it
+            if _automatic(problem, candidate) and _rejected(problem, candidate) is None:
                 return candidate
         reasons = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in explain(problem, table))
         raise UnsupportedError(f"no implementation computes this problem: {reasons}")

@@ -210,7 +210,7 @@ def test_what_speaks_dlpack_is_computed_by_numpy() -> None:
     expected = normkit.add_rms_norm(x, x, weight)
     np.testing.assert_array_equal(y, expected[0])
     np.testing.assert_array_equal(residual_out, expected[1])
-    assert normkit.explain("rms_norm", Speaks(x))[0].accepted
+    assert normkit.explain("rms_norm", Speaks(x))[-1].accepted
     array = Speaks(x)
     assert np.shares_memory(normkit.add_rms_norm(array, None)[1], x), "without a residual, x itself is the residual"
 
@@ -238,7 +238,7 @@ for dtype in ("float32", "float16", "float64"):
     for function in (normkit.add_rms_norm, normkit.add_layer_norm):
         y, residual_out = function(x, x, weight)
         assert (residual_out == 2 * x).all() and y.dtype == dtype
-assert normkit.explain("rms_norm", x)[0].name == "reference"
+assert normkit.explain("rms_norm", x)[-1].name == "reference"
 try:
     import normkit_torch
 except ModuleNotFoundError as error:

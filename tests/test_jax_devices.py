@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from .jax_gpu.process import pytest_in_a_process
+from .process import pytest_in_a_process
 
 pytest.importorskip("jax")
 

@@ -8,30 +8,25 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .conftest import Ledger
-from .jax_gpu.process import ROOT, pytest_in_a_process
+from .process import ROOT, cache_folder, pytest_in_a_process, python_of
 
-CACHE = Path(
-    os.environ.get("NORMKIT_TEST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normkit/jax"
-)
 # The oldest JAX that is supported on Python 3.11, and newer ones, which need Python 3.12.
 ENVIRONMENTS = {
     "jax-0.10.2": ("3.11", "0.10.2", "3.9.0"),
     "jax-0.11.2": ("3.12", "0.11.2", "3.6.0"),
     "jax-0.12.0.1": ("3.12", "0.12.0.1", "3.9.0"),
 }
-FILES = [f"tests/test_jax_{name}.py" for name in ("message", "lowering", "target", "device_less", "transforms")]
+FILES = [f"tests/test_jax_{name}.py" for name in ("message", "lowering", "target", "device_less", "transforms", "gradient")]
 RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "launches": ([name for name in FILES if (ROOT / name).exists()], {}),
     "numerics": (["tests/test_functional.py", "-k", "jax-reference and backward"], {}),
@@ -45,30 +40,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def works(command: str) -> bool:
-    try:
-        return subprocess.run([command, "-c", ""], capture_output=True, timeout=60, check=False).returncode == 0
-    except OSError:
-        return False
-
-
-def python_of(version: str) -> str:
-    """Return a Python of a version: this one, one on the PATH, or one that pyenv has installed."""
-    candidates = [sys.executable] if sys.version_info[:2] == tuple(map(int, version.split("."))) else []
-    candidates += [found] if (found := shutil.which(f"python{version}")) else []
-    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    candidates += sorted(map(str, pyenv.glob(f"versions/{version}*/bin/python")))
-    usable = [candidate for candidate in candidates if works(candidate)]
-    if not usable:
-        pytest.skip(f"no Python {version} was found, on the PATH or in pyenv")
-    return usable[0]
-
-
 @pytest.fixture(scope="module", params=list(ENVIRONMENTS))
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[str]]]:
     """What each process of an environment prints; the environment is made where it is not there yet."""
     version, jax, triton = ENVIRONMENTS[request.param]
-    script, directory = ROOT / "tests/jax_gpu/make_env.sh", CACHE / f"python-{version}-jax-{jax}-triton-{triton}"
+    script, directory = ROOT / "tests/jax_gpu/make_env.sh", cache_folder() / f"jax/python-{version}-jax-{jax}-triton-{triton}"
     command = ["bash", str(script), python_of(version), jax, triton, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}"
