@@ -4,7 +4,7 @@
 from .registry import Implementation
 
 TABLE = (
-    Implementation("vllm", "normkit.vendors.vllm", automatic=()),
     Implementation("ipex", "normkit.vendors.ipex", automatic=()),
+    Implementation("vllm", "normkit.vendors.vllm", automatic=()),
     Implementation("reference", "normkit.reference"),
 )

@@ -4,8 +4,8 @@
 from normkit.registry import Implementation
 
 TABLE = (
-    Implementation("vllm", "normkit.vendors.vllm", automatic=("rocm",)),
     Implementation("ipex", "normkit.vendors.ipex", automatic=("xpu",)),
+    Implementation("vllm", "normkit.vendors.vllm", automatic=("rocm", "xpu")),
     Implementation("triton", "normkit_jax.launch", automatic=("cuda", "rocm")),
     Implementation("reference", "normkit.reference"),
 )

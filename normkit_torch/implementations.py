@@ -4,8 +4,8 @@
 from normkit.registry import Implementation
 
 TABLE = (
-    Implementation("vllm", "normkit.vendors.vllm", automatic=("rocm",)),
     Implementation("ipex", "normkit.vendors.ipex", automatic=("xpu",)),
+    Implementation("vllm", "normkit.vendors.vllm", automatic=("rocm", "xpu")),
     Implementation("triton", "normkit_torch.launch", automatic=("cuda", "rocm", "xpu")),
     Implementation("reference", "normkit.reference"),
 )

@@ -7,11 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import jax
-import torch
-from jax.experimental.buffer_callback import buffer_callback
-from torch.utils.dlpack import from_dlpack
-
 from ..arrays import Array, numpy_dtype
 from ..interface import Forward
 from ..spec import Problem
@@ -29,6 +24,9 @@ def forward(compute: Compute, problem: Problem, arrays: tuple[Array | None, ...]
         overwrites: whether y is to be where x is, and residual_out where residual is; XLA copies these first, unless they were
             donated or are not needed any more.
     """
+    import jax
+    from jax.experimental.buffer_callback import buffer_callback
+
     x, residual, *parameters = arrays
     overwrites = overwrites and residual is not None
     flat, dtype = (problem.rows, problem.hidden_size), numpy_dtype(problem.x_dtype)
@@ -47,9 +45,14 @@ def forward(compute: Compute, problem: Problem, arrays: tuple[Array | None, ...]
 
 def _callback(compute: Compute, problem: Problem, present: list[bool], overwrites: bool) -> Callable[..., None]:
     """Return what the program calls, with its buffers for the results, and for those of the operands that are present."""
+    from torch.utils.dlpack import from_dlpack
+
+    def from_capsule(buffer: Any) -> Any:
+        return from_dlpack(buffer.__dlpack__())
+
     kind, spec = DEVICES[problem.platform], problem.spec
     # torch asks a buffer for its device, and a capsule for nothing; on a GPU it also has to say in which stream it works
-    tensor = _from_capsule if kind == "cpu" else from_dlpack
+    tensor = from_capsule if kind == "cpu" else from_dlpack
 
     def run(context: Any, results: Any, *buffers: Any) -> None:
         with _stream(kind, context):
@@ -62,13 +65,11 @@ def _callback(compute: Compute, problem: Problem, present: list[bool], overwrite
     return run
 
 
-def _from_capsule(buffer: Any) -> torch.Tensor:
-    return from_dlpack(buffer.__dlpack__())
-
-
 def _stream(kind: str, context: Any) -> AbstractContextManager[Any]:
     """Let torch work in the stream in which the program's own kernels run, so that all is done in order."""
     if kind == "cpu":
         return nullcontext()
+    import torch
+
     module = torch.get_device_module(kind)
     return module.stream(module.get_stream_from_external(context.stream))
