@@ -87,6 +87,7 @@ class Problem:
         layout: "contiguous"; "rows" (x and residual have unit stride along the row, any stride between rows); "strided".
         needs_grad: whether a backward may follow, so that mean and rstd are wanted.
         in_place: whether y overwrites x, and residual_out the residual.
+        portable: whether this is part of a program for other processes or several platforms, as `jax.export` makes it.
     """
 
     spec: NormSpec
@@ -102,6 +103,7 @@ class Problem:
     layout: str = "contiguous"
     needs_grad: bool = False
     in_place: bool = False
+    portable: bool = False
 
     @property
     def hidden_size(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from normkit import registry
 from normkit.arrays import Array, dtype_name
 from normkit.call import Call
-from normkit.errors import DeviceError, DtypeError
+from normkit.errors import DeviceError, DtypeError, OptionError
 from normkit.interface import Kernels
 from normkit.spec import Operand, Problem
 
@@ -28,6 +28,12 @@ def as_jax(call: Call) -> Call:
     asked = [*call.dtypes().values(), *(dtype_name(array.dtype) for array in call.arrays.values())]
     if "float64" in asked and not jax.config.read("jax_enable_x64"):
         raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
+    for name in ("eps", "weight_offset"):
+        if isinstance(getattr(call, name), jax.Array):
+            raise OptionError(
+                f"{name} must be a Python number that is known while JAX traces, got {type(getattr(call, name)).__name__}: "
+                f"bind it with functools.partial, or name it in jax.jit(..., static_argnames={name!r})"
+            )
     _check_devices(call.arrays)
     return call.with_arrays(lambda _, array: jnp.asarray(array))
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normkit.checkpoint import Weights
 from normkit.errors import MissingPackageError
+from normkit.spec import NormSpec
 
 from . import modules
 from .functional import add_layer_norm, add_rms_norm
@@ -62,7 +63,8 @@ class FastRMSNorm(eqx.Module):
         implementation: str | None = None,
         dtype: DTypeLike | None = None,
     ) -> None:
-        self.weight = jnp.full(hidden_size, 1.0 - weight_offset, dtype)
+        NormSpec("rms", eps, weight_offset, rounding)  # refuses what is no option now, and not in the first call
+        self.weight = jnp.full(hidden_size, 1.0 - weight_offset, jnp.result_type(float) if dtype is None else dtype)
         self.eps = eps
         self.weight_offset = weight_offset
         self.rounding = rounding
@@ -81,8 +83,9 @@ class FastRMSNorm(eqx.Module):
         Raises:
             MissingTensorError: there is no such tensor.
         """
-        weight = modules.FastRMSNorm.load(prefix, weights, eps).weight
-        return eqx.tree_at(lambda norm: norm.weight, cls(weight.size, eps, **options), weight)
+        loaded = dict(vars(modules.FastRMSNorm.load(prefix, weights, eps, **options)))
+        weight = loaded.pop("weight")
+        return eqx.tree_at(lambda norm: norm.weight, cls(weight.size, **loaded), weight)
 
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
@@ -135,6 +138,7 @@ class FastLayerNorm(eqx.Module):
         implementation: str | None = None,
         dtype: DTypeLike | None = None,
     ) -> None:
+        NormSpec("layer", eps, rounding=rounding)
         self.weight = jnp.ones(hidden_size, dtype)
         self.bias = jnp.zeros(hidden_size, dtype) if use_bias else None
         self.eps = eps
@@ -144,14 +148,19 @@ class FastLayerNorm(eqx.Module):
     @classmethod
     def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
         """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`, without weight_offset."""
-        weight, bias = jax.tree.leaves(modules.FastLayerNorm.load(prefix, weights, eps))
-        return eqx.tree_at(lambda norm: (norm.weight, norm.bias), cls(weight.size, eps, **options), (weight, bias))
+        return cls._of(modules.FastLayerNorm.load(prefix, weights, eps, **options))
 
     @classmethod
     def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
         """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`, without weight_offset."""
-        [weight] = jax.tree.leaves(modules.FastLayerNorm.load_no_bias(prefix, weights, eps))
-        return eqx.tree_at(lambda norm: norm.weight, cls(weight.size, eps, use_bias=False, **options), weight)
+        return cls._of(modules.FastLayerNorm.load_no_bias(prefix, weights, eps, **options))
+
+    @classmethod
+    def _of(cls, norm: modules.FastLayerNorm) -> FastLayerNorm:
+        loaded: dict[str, Any] = dict(vars(norm))
+        weight, bias = loaded.pop("weight"), loaded.pop("bias")
+        made = cls(weight.size, use_bias=bias is not None, **loaded)
+        return eqx.tree_at(lambda norm: jax.tree.leaves(norm), made, jax.tree.leaves((weight, bias)))
 
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""

@@ -87,8 +87,9 @@ def _of_type(gradient: Array | None, of: Any) -> Array | None:
     if missing := tuple(_varying(jax.typeof(gradient)) - _varying(of)):
         gradient = jax.lax.psum(gradient, missing)
     # the mesh may differ: arrays that are not sharded need not have one
-    if jax.typeof(gradient).sharding.spec != of.sharding.spec:
-        gradient = jax.reshard(gradient, of.sharding)
+    sharding = jax.typeof(gradient).sharding
+    if sharding.spec != of.sharding.spec:
+        gradient = jax.reshard(gradient, sharding.update(spec=of.sharding.spec) if of.sharding.mesh.empty else of.sharding)
     return cast(gradient, of.dtype.name)
 
 

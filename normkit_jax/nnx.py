@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normkit.checkpoint import Weights
 from normkit.errors import MissingPackageError
+from normkit.spec import NormSpec
 
 from . import modules
 from .functional import add_layer_norm, add_rms_norm
@@ -60,6 +61,7 @@ class FastRMSNorm(nnx.Module):
         weight_init: Initializer | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        NormSpec("rms", eps, weight_offset, rounding)  # refuses what is no option now, and not in the first call
         weight_init = weight_init or nnx.initializers.constant(1 - weight_offset)
         self.weight = _parameter(weight_init, hidden_size, param_dtype, rngs)
         self.eps = eps
@@ -132,6 +134,7 @@ class FastLayerNorm(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        NormSpec("layer", eps, rounding=rounding)
         self.weight = _parameter(weight_init, hidden_size, param_dtype, rngs)
         self.bias = _parameter(bias_init, hidden_size, param_dtype, rngs) if use_bias else None
         self.eps = eps

@@ -151,13 +151,14 @@ def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., An
     """Return the rule that lowers a primitive for a platform: trace the implementation chosen for it."""
 
     def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> Any:
-        problem = replace(problem, platform=device.PLATFORMS.get(platform, platform))
+        exported = context.module_context.lowering_parameters.for_export
+        portable = bool(exported or len(context.module_context.platforms) > 1)
+        problem = replace(problem, platform=device.PLATFORMS.get(platform, platform), portable=portable)
         kernels = dispatch.kernels_of(problem, implementation)
         if kernels is not reference:
             problem = replace(problem, arch=arch_of(problem.platform, device.lowered_for(context)))
         # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it. And
         # where shard_map has taken some axes of a mesh already, XLA does not say how the others are used.
-        exported = context.module_context.lowering_parameters.for_export
         taken = getattr(context.module_context.axis_context, "manual_axes", None)
         whole = bool(exported or taken or not getattr(kernels, "PER_DEVICE", False))
         function = partial(run, problem, kernels, whole, **wanted)
@@ -173,6 +174,18 @@ def _define(
     def compiled(**parameters: Any) -> Any:
         return jax.jit(partial(primitive.bind, **parameters))
 
+    def implementation_of(*given: Array, **parameters: Any) -> list[Array]:
+        if jax.config.jax_disable_jit:
+            return step_by_step(*given, **parameters)
+        results: list[Array] = compiled(**parameters)(*given)
+        return results
+
+    def step_by_step(*given: Array, problem: Problem, implementation: str | None, **wanted: Wanted) -> list[Array]:
+        kernels = dispatch.kernels_of(problem, implementation)
+        if kernels is not reference:
+            problem = replace(problem, arch=arch_of(problem.platform, given[0].devices()))
+        return run(problem, kernels, True, *given, **wanted)
+
     def abstract(*given: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> list[Any]:
         operands, results = signature(problem, **wanted)
         slots = [slot for slot in operands if slot.dtype is not None]
@@ -180,7 +193,7 @@ def _define(
         return [_aval(rows, slot) for slot in results if slot.dtype is not None]
 
     primitive.multiple_results = True
-    primitive.def_impl(lambda *given, **parameters: compiled(**parameters)(*given))
+    primitive.def_impl(implementation_of)
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batch
     for platform in PLATFORMS:

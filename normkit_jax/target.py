@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 
 import jax
 
-from normkit.errors import OptionError, UnsupportedError
+from normkit.errors import MissingPackageError, OptionError, UnsupportedError
 
 from . import device
 
@@ -31,6 +32,7 @@ def target(*architectures: str) -> AbstractContextManager[None]:
 
     Raises:
         OptionError: an architecture is of neither kind, or there are two of one kind.
+        MissingPackageError: triton, which compiles the kernels, is not installed.
 
     Example:
         >>> import jax
@@ -43,6 +45,8 @@ def target(*architectures: str) -> AbstractContextManager[None]:
     platforms = [platform for name in architectures for platform, prefix in _PREFIXES.items() if name.startswith(prefix)]
     if len(set(platforms)) < len(architectures):
         raise OptionError(f"target takes one architecture like sm_90 and one like gfx942 at most, got {list(architectures)}")
+    if find_spec("triton") is None:
+        raise MissingPackageError(f"target{architectures} compiles kernels, which needs the package triton: pip install triton")
     return _named(architectures)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -132,6 +133,15 @@ class Jax(Framework):
 
         (_, residual_out), vjp = jax.vjp(function, *(arrays[name] for name in names))
         return residual_out, dict(zip(names, vjp((arrays["dy"], arrays["dresidual_out"])), strict=True))
+
+
+def step_by_step(framework: Framework) -> AbstractContextManager[Any]:
+    """Return a context in which JAX computes one operation after another, as the other frameworks do, without XLA's fusion."""
+    if framework.name != "jax":
+        return nullcontext()
+    import jax
+
+    return jax.disable_jit()
 
 
 def installed() -> dict[str, Framework]:

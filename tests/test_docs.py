@@ -82,8 +82,8 @@ def copy_of_packages(folder: Path) -> Path:
 
 def need(code: str) -> None:
     """Skip the test where a package that the code imports is not installed."""
-    for package in ("torch", "jax", "flax", "equinox"):
-        if re.search(rf"^(?:import|from) (?:normkit_)?{package}\b", code, re.MULTILINE):
+    for package in ("torch", "jax", "flax", "equinox", "triton"):
+        if re.search(rf"^(?:import|from) (?:normkit_)?{package}\b|{package}_kernel_call", code, re.MULTILINE):
             pytest.importorskip(package)
 
 

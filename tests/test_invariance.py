@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from normkit.arrays import numpy_dtype
 from normkit.tolerance import expected_forward, worst
 
 from .cases import Case, NumpyArray
-from .frameworks import Framework, installed
+from .frameworks import Framework, installed, step_by_step
 
 FRAMEWORKS = installed()
 KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -43,7 +44,8 @@ def forward(framework: Framework, jit: bool, kind: str, **options: Any) -> Run:
         call = jax.jit(call)
 
     def run(*arrays: NumpyArray | None) -> tuple[NumpyArray, ...]:
-        return _numpy(framework, call(*map(framework.array, arrays)))
+        with nullcontext() if jit else step_by_step(framework):
+            return _numpy(framework, call(*map(framework.array, arrays)))
 
     return run
 
@@ -61,7 +63,12 @@ def backward(framework: Framework, jit: bool, kind: str) -> Run:
         import jax
 
         call = jax.jit(pull) if jit else pull
-        return lambda *arrays: _numpy(framework, call(*map(framework.array, arrays)))
+
+        def run_jax(*arrays: NumpyArray) -> tuple[NumpyArray, ...]:
+            with nullcontext() if jit else step_by_step(framework):
+                return _numpy(framework, call(*map(framework.array, arrays)))
+
+        return run_jax
 
     def run(*arrays: NumpyArray) -> tuple[NumpyArray, ...]:
         import torch

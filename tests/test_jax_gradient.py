@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import normkit_jax
+from normkit import OptionError
 
 from .jax_gpu.decoder import messages
 
@@ -79,3 +80,14 @@ def test_a_compiled_backward_pass_computes_no_more_than_is_asked(wrap: str, asks
         text = gradient.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
     names = [message.name for message, _ in messages(text)]
     assert [name for name in names if name != "normkit_forward_rows"] == launches
+
+
+@pytest.mark.parametrize("name", ["eps", "weight_offset"])
+def test_an_option_that_is_traced_is_refused_with_what_works(name: str) -> None:
+    x, weight = jnp.ones((2, 8)), jnp.ones(8)
+    with pytest.raises(
+        OptionError, match=rf"{name} must be a Python number that is known while JAX traces.*static_argnames='{name}'"
+    ):
+        jax.jit(normkit_jax.rms_norm)(x, weight, **{name: 0.5})
+    compiled = jax.jit(normkit_jax.rms_norm, static_argnames=name)
+    np.testing.assert_array_equal(compiled(x, weight, **{name: 0.5}), normkit_jax.rms_norm(x, weight, **{name: 0.5}))  # type: ignore[arg-type]

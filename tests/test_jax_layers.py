@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from normkit import MissingTensorError, NormkitError
+from normkit import MissingTensorError, NormkitError, OptionError
 from normkit.tolerance import expected_backward, expected_forward, worst
 
 from .cases import MODELS, Case
@@ -211,6 +211,34 @@ def test_equinox_fields_are_static_and_leaves_are_arrays(equinox: Library) -> No
     assert jax.tree.structure(norm) != jax.tree.structure(equinox.load(LAYER, given, rounding="hf"))
     doubled = package.tree_at(lambda norm: (norm.weight, norm.bias), norm, replace_fn=lambda leaf: 2 * leaf)
     assert np.array_equal(doubled(given["x"])[0], 2 * norm(given["x"])[0])
+
+
+def test_what_is_no_option_is_refused_at_once(library: Library) -> None:
+    if library.name == "modules":
+        return  # pytrees, which JAX makes of anything
+    rms, layer, weights = (
+        library.layers.FastRMSNorm,
+        library.layers.FastLayerNorm,
+        {"a.weight": jnp.ones(4), "a.bias": jnp.ones(4)},
+    )
+    for load, options in (
+        (rms.load, {"dtype": jnp.bfloat16}),
+        (layer.load, {"use_bias": False}),
+        (layer.load_no_bias, {"x": 1}),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            load("a", weights, 1e-5, **options)
+    for norm in (rms, layer):
+        with pytest.raises(OptionError, match="rounding"):
+            norm(4, rounding="hff")
+        with pytest.raises(OptionError, match="eps"):
+            norm(4, eps=-1.0)
+
+
+def test_equinox_weights_have_a_dtype_of_their_own(equinox: Library) -> None:
+    """A weak one would change with the first update, and have everything compiled again."""
+    for norm in (equinox.layers.FastRMSNorm(4), equinox.layers.FastLayerNorm(4)):
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves(norm))
 
 
 def test_equinox_serialises(equinox: Library) -> None:

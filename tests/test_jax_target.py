@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import jax
 
 import normkit_jax
-from normkit.errors import OptionError, UnsupportedError
+from normkit.errors import MissingPackageError, OptionError, UnsupportedError
 from normkit_jax import device, rms_norm, target
 
 from .jax_gpu.decoder import messages
@@ -50,6 +51,13 @@ def test_without_device_and_target_the_reference_still_lowers() -> None:
 def test_without_device_and_target_nothing_is_guessed_on_rocm() -> None:
     with pytest.raises(UnsupportedError, match=r"no rocm device here.*normkit_jax\.target\('gfx942'\)"):
         lower(platform="rocm")
+
+
+def test_a_target_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not passed over: the program would then have no kernels."""
+    monkeypatch.setattr(sys.modules["normkit_jax.target"], "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install triton"):
+        target("sm_90")
 
 
 def test_a_target_of_another_platform_is_refused() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from normkit.arrays import numpy_dtype
 
 from .cases import NumpyArray
-from .frameworks import Framework, installed
+from .frameworks import Framework, installed, step_by_step
 
 FRAMEWORKS = installed()
 HALVES = ("bfloat16", "float16")
@@ -37,7 +38,8 @@ def run(framework: Framework, jit: bool, function: str, *arrays: NumpyArray | No
         import jax
 
         call = jax.jit(call)
-    result = call(*map(framework.array, arrays))
+    with nullcontext() if jit else step_by_step(framework):
+        result = call(*map(framework.array, arrays))
     return [np.asarray(framework.numpy(array)) for array in (result if isinstance(result, tuple) else (result,))]
 
 

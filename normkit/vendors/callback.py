@@ -29,18 +29,16 @@ def forward(compute: Compute, problem: Problem, arrays: tuple[Array | None, ...]
 
     x, residual, *parameters = arrays
     overwrites = overwrites and residual is not None
-    flat, dtype = (problem.rows, problem.hidden_size), numpy_dtype(problem.x_dtype)
-    rows = [array.reshape(flat) for array in (x, residual) if array is not None]
+    rows = [array for array in (x, residual) if array is not None]
     if problem.rows:
         present = [array is not None for array in arrays]
         call = buffer_callback(
             _callback(compute, problem, present, overwrites),
-            [jax.ShapeDtypeStruct(flat, dtype) for _ in rows],
+            [jax.ShapeDtypeStruct(problem.shape, numpy_dtype(problem.x_dtype)) for _ in rows],
             input_output_aliases={0: 0, 1: 1} if overwrites else None,
         )
         rows = call(*rows, *(array for array in parameters if array is not None))
-    y, residual_out = rows[0], rows[1] if residual is not None else None
-    return Forward(*(None if array is None else array.reshape(problem.shape) for array in (y, residual_out, None, None)))
+    return Forward(rows[0], None if residual is None else rows[1], None, None)
 
 
 def _callback(compute: Compute, problem: Problem, present: list[bool], overwrites: bool) -> Callable[..., None]:
@@ -50,26 +48,28 @@ def _callback(compute: Compute, problem: Problem, present: list[bool], overwrite
     def from_capsule(buffer: Any) -> Any:
         return from_dlpack(buffer.__dlpack__())
 
-    kind, spec = DEVICES[problem.platform], problem.spec
+    kind, spec, flat = DEVICES[problem.platform], problem.spec, (problem.rows, problem.hidden_size)
     # torch asks a buffer for its device, and a capsule for nothing; on a GPU it also has to say in which stream it works
     tensor = from_capsule if kind == "cpu" else from_dlpack
 
     def run(context: Any, results: Any, *buffers: Any) -> None:
-        with _stream(kind, context):
-            out = [tensor(buffer) for buffer in results]
+        with _stream(kind, context, results[0]):
+            out = [tensor(buffer).view(flat) for buffer in results]
             # where the results overwrite x and residual, these are there already
-            given = iter([*out, *map(tensor, buffers[2:])] if overwrites else [tensor(buffer) for buffer in buffers])
+            rows = out if overwrites else [tensor(buffer).view(flat) for buffer in buffers[: len(out)]]
+            given = iter([*rows, *map(tensor, buffers[len(out) :])])
             operands = Given(*(next(given) if there else None for there in present))
             compute(spec, operands, Results(out[0], out[1] if present[1] else None))
 
     return run
 
 
-def _stream(kind: str, context: Any) -> AbstractContextManager[Any]:
+def _stream(kind: str, context: Any, buffer: Any) -> AbstractContextManager[Any]:
     """Let torch work in the stream in which the program's own kernels run, so that all is done in order."""
     if kind == "cpu":
         return nullcontext()
     import torch
 
     module = torch.get_device_module(kind)
-    return module.stream(module.get_stream_from_external(context.stream))
+    _, index = buffer.__dlpack_device__()
+    return module.stream(module.get_stream_from_external(context.stream, index))

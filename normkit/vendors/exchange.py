@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays of every framework as the torch tensors that vendors' operators take, over the same memory, and results back.
 
-torch tensors pass as they are. NumPy arrays go there and back by DLPack. JAX arrays come as the buffers of a callback into this
-process that is part of the compiled program, and results are written into the program's own buffers.
+torch tensors pass as they are. NumPy arrays go there by DLPack, and results come back as views. JAX arrays come as the buffers
+of a callback into this process that is part of the compiled program, and results are written into the program's own buffers.
 """
 
 from __future__ import annotations
@@ -102,10 +102,9 @@ def _tensor(array: Array) -> Any:
 
     if framework_of(array) == "torch":
         return array
-    if framework_of(array) == "numpy" and not array.flags.writeable:
-        # torch has no tensors that cannot be written, and refuses to make one over such an array
-        array = array.copy()
-    if framework_of(array) == "numpy" and array.dtype == numpy_dtype("bfloat16"):
+    # torch has no tensors that cannot be written, and ends the process over a negative stride
+    array = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+    if array.dtype == numpy_dtype("bfloat16"):
         # NumPy's side of DLPack does not know bfloat16
         return from_dlpack(array.view(np.int16)).view(torch.bfloat16)
     return from_dlpack(array)
@@ -115,5 +114,5 @@ def _numpy(tensor: Any) -> Any:
     import torch
 
     if tensor.dtype == torch.bfloat16:
-        return np.from_dlpack(tensor.view(torch.int16)).view(numpy_dtype("bfloat16"))
-    return np.from_dlpack(tensor)
+        return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+    return tensor.numpy()

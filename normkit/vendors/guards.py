@@ -24,6 +24,8 @@ def refusal(problem: Problem, vendor: str) -> str | None:
     dtypes = [dtype for dtype in dict.fromkeys(rows) if dtype]
     if problem.platform not in DEVICES:
         return f"{vendor} has operators for {', '.join(DEVICES)}, not for {problem.platform}"
+    if problem.portable:
+        return f"{vendor} runs in this process, and the program is for others or for several platforms"
     if problem.needs_grad:
         return f"{vendor} has no backward pass, and a gradient is asked for"
     if problem.compute_dtype == "float64":
@@ -32,6 +34,8 @@ def refusal(problem: Problem, vendor: str) -> str | None:
         return f"{vendor} takes and gives x and residual in one dtype, and here are {' and '.join(dtypes)}"
     if problem.layout != "contiguous":
         return f"{vendor} reads and writes outside of rows that are not contiguous"
+    if problem.platform != "cpu" and problem.rows * problem.hidden_size >= 2**31:
+        return f"{vendor} counts elements in 32 bits, and there are {problem.rows * problem.hidden_size}"
     if problem.spec.weight_offset:
         return f"{vendor} has no weight_offset, and it is {problem.spec.weight_offset}"
     return None

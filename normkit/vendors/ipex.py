@@ -51,12 +51,14 @@ def _compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
     import torch
 
     operators = _functional()
+    # RMSNorm wants a weight, and LayerNorm takes none as ones
+    weight = torch.ones_like(given.x[0]) if given.weight is None else given.weight
     if given.residual is None:
-        results = Results(operators.rms_norm(given.x, given.weight, spec.eps), None)
+        results = Results(operators.rms_norm(given.x, weight, spec.eps), None)
     else:
         add_norm = operators.add_rms_norm if spec.kind == "rms" else operators.add_layer_norm
         in_place = out is not None and out.residual_out.data_ptr() == given.residual.data_ptr()
-        y = add_norm(given.residual, given.x, given.weight, given.bias, spec.eps, in_place)
+        y = add_norm(given.residual, given.x, weight, given.bias, spec.eps, in_place)
         if in_place:
             results = Results(y, given.residual)
         else:
@@ -72,7 +74,7 @@ def _refusal(problem: Problem) -> str | None:
     if problem.spec.kind == "rms":
         if problem.bias_dtype is not None:
             return "IPEX's RMSNorm takes no bias"
-        return "IPEX's RMSNorm wants a weight" if problem.weight_dtype is None else None
+        return None
     if problem.residual_dtype is None:
         return "IPEX has no LayerNorm of its own without a residual"
     if problem.x_dtype == "float32":
@@ -107,8 +109,9 @@ def found() -> Found:
         return Found(version, None, missing)
     try:
         operators = _functional()
-    except ImportError as error:
-        return Found(version, None, f"IPEX {version} cannot be imported: {error}")
+    # Any exception: which one a library fails with that is not there cannot be foreseen, and this is not the last choice.
+    except Exception as error:  # noqa: BLE001
+        return Found(version, None, f"IPEX {version} cannot be imported: {type(error).__name__}: {error}")
     absent = [name for name in OPERATORS if not hasattr(operators, name)]
     problem = f"IPEX {version} has no {', '.join(absent)}" if absent else None
     return Found(version, "xpu" if "+xpu" in version else "cpu", problem)
@@ -129,7 +132,7 @@ def _missing() -> str | None:
     """
     version, torch = _version(DISTRIBUTION), _version("torch")
     if version is None or torch is None:
-        return f"{DISTRIBUTION if version is None else 'torch'} is not installed"
+        return f"IPEX is not installed: pip install {DISTRIBUTION}, with the torch of its minor version"
     needed = ".".join(version.split(".")[:2])
     return None if torch.startswith(f"{needed}.") else f"IPEX {version} belongs to torch {needed}, and this is torch {torch}"
 

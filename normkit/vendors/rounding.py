@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +15,8 @@ from .exchange import Compute, Given, Results
 from .guards import DEVICES
 
 POLICIES = ("sum", "stored", "hf")
-# Short rows, in which rounding changes the statistics most; many, as the policies differ in some of the values only.
-_SHAPE = (1024, 16)
+# Many short rows: in short ones rounding changes the statistics most, and the policies differ in some of the values only.
+_ROWS = 1024
 # Of the values that a policy gives, as many come out the same to the bit: arithmetic in float32 in another order moves up to
 # one in a thousand across a boundary of rounding, and another policy moves one in twenty or more.
 _AGREEMENT = 0.99
@@ -42,16 +41,15 @@ def refusal(problem: Problem, compute: Compute, vendor: str) -> str | None:
         compute: runs the operators.
         vendor: what they belong to, for the sentence.
     """
-    if problem.x_dtype == "float32" or not problem.rows:
+    if not problem.rows:
         return None
-    found = measured(
-        compute,
-        problem.spec.kind,
-        problem.x_dtype,
-        problem.residual_dtype is not None,
-        problem.in_place,
-        DEVICES[problem.platform],
-    )
+    kind, adds, device = problem.spec.kind, problem.residual_dtype is not None, DEVICES[problem.platform]
+    probe = Probe(compute, kind, problem.x_dtype, adds, problem.in_place, problem.hidden_size % 8 != 0, device)
+    if probe not in _found:
+        if device == "cuda" and _capturing():
+            return f"how {vendor} rounds is found by computing, which a graph that is captured forbids: call it once before"
+        _found[probe] = _measure(probe)
+    found = _found[probe]
     if found.problem:
         return f"{vendor} computes {problem.x_dtype} wrongly here: {found.problem}"
     if problem.spec.rounding not in (None, *found.policies):
@@ -61,43 +59,72 @@ def refusal(problem: Problem, compute: Compute, vendor: str) -> str | None:
 
 def summary(compute: Compute, device: str) -> str:
     """Return in words how the add and RMSNorm round on a type of device."""
-    found = {dtype: measured(compute, "rms", dtype, True, False, device) for dtype in ("bfloat16", "float16")}
-    return ", ".join(f"{dtype}: {rounding}" for dtype, rounding in found.items())
+    probes = {dtype: Probe(compute, "rms", dtype, True, False, False, device) for dtype in ("bfloat16", "float16")}
+    return ", ".join(f"{dtype}: {_measure(probe)}" for dtype, probe in probes.items())
 
 
-@cache
-def measured(compute: Compute, kind: str, dtype: str, adds: bool, in_place: bool, device: str) -> Rounding:
-    """Compute some rows, once for each combination of these arguments, and compare.
+class Probe(NamedTuple):
+    """What makes operators choose among kernels of theirs, which may round in different ways."""
 
-    Args:
-        compute: runs the operators.
-        kind: "rms" or "layer".
-        dtype: of all arrays, "bfloat16" or "float16".
-        adds: whether there is a residual.
-        in_place: whether the results are to overwrite x and residual.
-        device: torch's name of its type.
-    """
+    compute: Compute
+    kind: str
+    dtype: str
+    adds: bool
+    in_place: bool
+    odd: bool
+    device: str
+
+
+_found: dict[Probe, Rounding] = {}
+
+
+def _capturing() -> bool:
     import torch
 
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _measure(probe: Probe) -> Rounding:
+    """Compute some rows and compare."""
+    dtype, shape = probe.dtype, (_ROWS, 17 if probe.odd else 16)
     generator = np.random.default_rng(0)
-    x, residual = generator.standard_normal((2, *_SHAPE)).astype(numpy_dtype(dtype))
-    weight = generator.standard_normal(_SHAPE[1]).astype(numpy_dtype(dtype))
-    operand, row = Operand(_SHAPE, dtype), Operand(_SHAPE[1:], dtype)
-    problem = describe(NormSpec(kind), operand, operand if adds else None, row)
-
-    def tensor(array: Any) -> Any:
-        return torch.from_numpy(array.view(np.int16)).view(getattr(torch, dtype)).clone().to(device)
-
-    given = Given(tensor(x), tensor(residual) if adds else None, tensor(weight), None)
-    results = compute(problem.spec, given, Results(given.x, given.residual) if in_place else None)
-    y, residual_out = (None if one is None else one.cpu().view(torch.int16).numpy().view(numpy_dtype(dtype)) for one in results)
-
-    expected = tolerance.expected_forward(problem, x, residual if adds else None, weight)
+    x, residual = generator.standard_normal((2, *shape)).astype(numpy_dtype(dtype))
+    weight = generator.standard_normal(shape[1]).astype(numpy_dtype(dtype))
+    operand = Operand(shape, dtype)
+    problem = describe(NormSpec(probe.kind), operand, operand if probe.adds else None, Operand(shape[1:], dtype))
+    try:
+        y, residual_out = _compute(probe, problem, x, residual, weight)
+    except RuntimeError as error:
+        # such as that of a library that is built for other GPUs
+        return Rounding((), str(error))
+    expected = tolerance.expected_forward(problem, x, residual if probe.adds else None, weight)
     worst = [tolerance.worst(one, of) for one, of in zip((y, residual_out), expected, strict=True) if one is not None]
     if max(worst) > 1:
         return Rounding((), f"results are up to {max(worst):.2g} times as far from the exact ones as one rounding explains")
-    same = {policy: np.mean(y == _by_policy(policy, problem, x, residual if adds else None, weight)) for policy in POLICIES}
-    return Rounding(tuple(policy for policy in POLICIES if same[policy] >= _AGREEMENT), None)
+    same = {
+        policy: np.mean(y == _by_policy(policy, problem, x, residual if probe.adds else None, weight)) for policy in POLICIES
+    }
+    # in float32 nothing is rounded on the way
+    policies = (policy for policy in POLICIES if dtype == "float32" or same[policy] >= _AGREEMENT)
+    return Rounding(tuple(policies), None)
+
+
+def _compute(probe: Probe, problem: Problem, x: Any, residual: Any, weight: Any) -> tuple[Any, Any]:
+    """Run the operators on NumPy arrays, whatever mode torch is in."""
+    import torch
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    bits, dtype = (torch.int32 if probe.dtype == "float32" else torch.int16), numpy_dtype(probe.dtype)
+
+    def tensor(array: Any) -> Any:
+        own = torch.from_numpy(array.view(f"i{dtype.itemsize}").copy())
+        return own.view(getattr(torch, probe.dtype)).to(probe.device)
+
+    with _disable_current_modes(), torch.no_grad():
+        given = Given(tensor(x), tensor(residual) if probe.adds else None, tensor(weight), None)
+        results = probe.compute(problem.spec, given, Results(given.x, given.residual) if probe.in_place else None)
+        y, residual_out = (None if one is None else one.cpu().view(bits).numpy().view(dtype) for one in results)
+    return y, residual_out
 
 
 def _by_policy(policy: str, problem: Problem, x: Any, residual: Any, weight: Any) -> Any:

@@ -29,7 +29,6 @@ class Found(NamedTuple):
     """What is installed, or why nothing of it can be used."""
 
     version: str | None
-    needs_weight: bool
     problem: str | None
 
 
@@ -55,16 +54,23 @@ def _compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
     import torch
 
     operators = torch.ops._C
+    # which some releases want
+    weight = torch.ones_like(given.x[0]) if given.weight is None else given.weight
     if out is None:
         out = Results(*(None if tensor is None else torch.empty_like(tensor) for tensor in given[:2]))
     if given.residual is None:
-        operators.rms_norm(out.y, given.x, given.weight, spec.eps)
+        operators.rms_norm(out.y, _aligned(given.x), _aligned(weight), spec.eps)
         return out
     for to, tensor in zip(out, given[:2], strict=True):
         if to.data_ptr() != tensor.data_ptr():
             to.copy_(tensor)
-    operators.fused_add_rms_norm(out.y, out.residual_out, given.weight, spec.eps)
+    operators.fused_add_rms_norm(out.y, out.residual_out, weight, spec.eps)
     return out
+
+
+def _aligned(tensor: Any) -> Any:
+    """Return a tensor that a GPU can read 16 bytes at a time, as this operator does without looking."""
+    return tensor.clone() if tensor.device.type != "cpu" and tensor.data_ptr() % 16 else tensor
 
 
 def _refusal(problem: Problem) -> str | None:
@@ -82,13 +88,12 @@ def _refusal(problem: Problem) -> str | None:
 
 def _not_there(problem: Problem) -> str | None:
     """Return why the operators that were found are not those that a problem needs."""
-    if problem.weight_dtype is None and found().needs_weight:
-        return "this vLLM wants a weight"
     if not _registered_for(guards.DEVICES[problem.platform]):
         return f"the vLLM that is installed is built for another platform than {problem.platform}"
     return None
 
 
+@cache
 def _registered_for(device: str) -> bool:
     import torch
 
@@ -113,17 +118,17 @@ def found() -> Found:
     version = _version()
     missing = _missing()
     if missing:
-        return Found(version, False, missing)
+        return Found(version, missing)
     problem = _load()
     if problem is not None:
-        return Found(version, False, f"vLLM {version} cannot be loaded: {problem}")
+        return Found(version, f"vLLM {version} cannot be loaded: {problem}")
     import torch
 
     arguments = [list(getattr(torch.ops._C, name).default._schema.arguments) for name in OPERATORS]
     kinds = [tuple(str(argument.type).replace("Optional[Tensor]", "Tensor") for argument in each) for each in arguments]
     if kinds != [_SIGNATURE] * 2:
-        return Found(version, False, f"vLLM {version} has operators of other signatures: {kinds}")
-    return Found(version, any(str(each[2].type) == "Tensor" for each in arguments), None)
+        return Found(version, f"vLLM {version} has operators of other signatures: {kinds}")
+    return Found(version, None)
 
 
 @cache
@@ -140,7 +145,7 @@ def _version() -> str | None:
 def _missing() -> str | None:
     """Return what is not installed, without importing anything."""
     if _version() is None:
-        return "vLLM is not installed: pip install vllm (for XPU vllm-xpu-kernels)"
+        return "vLLM is not installed; how to depends on the platform: https://docs.vllm.ai"
     return None if find_spec("torch") else "vLLM's operators need torch, which is not installed"
 
 
@@ -161,8 +166,9 @@ def _load() -> str | None:
     try:
         # vLLM's own way, which imports much more
         import_module("vllm._custom_ops")
-    except ImportError as error:
-        problems.append(str(error))
+    # Any exception: what a package of so many parts fails with cannot be foreseen, and it is not the last choice.
+    except Exception as error:  # noqa: BLE001
+        problems.append(f"{type(error).__name__}: {error}")
     return None if _registered() else "; ".join(problems) or "it registers no rms_norm"
 
 

@@ -72,6 +72,20 @@ def test_gradients_where_not_every_array_has_the_mesh(constrained: str, jitted: 
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the rows of normkit's operands")
+@pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b")], ids=str)
+def test_gradients_in_an_explicit_mesh_that_the_weight_lacks(spec: Any) -> None:
+    mesh, weight = mesh_of(AxisType.Explicit), normal(16)
+    x = jax.device_put(normal(8, 16), NamedSharding(mesh, spec))
+    for index in (0, 1):
+
+        def gradient(function: Any, index: int = index) -> Any:
+            compiled: Any = jax.jit(jax.grad(lambda x, weight: (function(x, weight) ** 3).sum(), argnums=index))
+            return compiled(x, weight)
+
+        np.testing.assert_allclose(gradient(norm), gradient(plain), rtol=1e-4, atol=1e-4)
+
+
 def test_the_padding_of_rows_that_do_not_divide_evenly_is_not_summed() -> None:
     mesh = mesh_of()
     x, dy, weight = normal(10, 16), normal(10, 16), normal(16)

@@ -13,6 +13,10 @@ if [[ -f $made && $(<"$made") == "$wanted" ]]; then
     exit
 fi
 
+if [[ -e $directory && ! -e $directory/pyvenv.cfg && -n $(ls -A "$directory") ]]; then
+    echo "$directory is there and is no virtual environment: name another directory" >&2
+    exit 2
+fi
 rm -rf "$directory"
 "$python" -m venv "$directory"
 pip=("$directory/bin/python" -m pip install --quiet --disable-pip-version-check)

@@ -52,11 +52,11 @@ def test_numpy_arrays_are_used_where_they_are(adds: bool, dtype: str) -> None:
         pytest.skip(verdict.reason)
     with recorded() as calls:
         results = call(normkit, adds, x, residual, weight)
-    # the last one: before it, rows may have been computed to see how they are rounded
-    given, written = calls[-1]
+    [(given, written)] = calls
     assert (given.x.data_ptr(), given.weight.data_ptr()) == (x.ctypes.data, weight.ctypes.data)
     for result, where in zip(results, written, strict=True):
         assert result is None or (result.ctypes.data, result.dtype) == (where.data_ptr(), x.dtype)
+        assert result is None or result.flags.writeable
 
 
 def test_numpy_arrays_that_are_read_only_or_strided_are_copied() -> None:
@@ -66,6 +66,16 @@ def test_numpy_arrays_that_are_read_only_or_strided_are_copied() -> None:
     found = call(normkit, True, x[:, ::2], residual[:, ::2], weight[::2])
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_numpy_arrays_that_torch_cannot_hold_are_copied() -> None:
+    """Over a negative stride torch ends the process."""
+    x, _, weight = operands()
+    record = np.zeros(6, [("one byte", "i1"), ("x", np.float32, 64)])
+    record["x"] = x
+    for given in (x[:, ::-1], x[::-1], x.astype(">f4"), record["x"]):
+        found = normkit.rms_norm(given, weight, implementation=NAME)
+        np.testing.assert_allclose(found, normkit.rms_norm(given.astype(np.float32), weight), rtol=1e-6, atol=1e-6)
 
 
 @ADDS
@@ -128,11 +138,12 @@ def test_vmap_grad_and_shard_map_in_jax() -> None:
     x, residual, weight = map(jnp.asarray, operands((4, 6, 64)))
     expected = normkit_jax.add_rms_norm(x, residual, weight)
     mapped = jax.vmap(partial(call, normkit_jax, True), in_axes=(0, 0, None))(x, residual, weight)
+    weights = jax.vmap(partial(call, normkit_jax, True))(x, residual, jnp.broadcast_to(weight, (4, 64)))
     mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
     spec: Any = jax.sharding.PartitionSpec
     specs: Any = {"in_specs": (spec("a"), spec("a"), spec()), "out_specs": spec("a")}
     sharded = jax.shard_map(partial(call, normkit_jax, True), mesh=mesh, **specs)(x, residual, weight)
-    for found in (mapped, sharded):
+    for found in (mapped, weights, sharded):
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6)
     with pytest.raises(normkit.UnsupportedError, match=r"no backward pass, and a gradient is asked for.*take reference"):

@@ -15,16 +15,18 @@ import pytest
 import torch
 
 import normkit_torch
+from normkit.spec import NormSpec, Operand, describe
 from normkit.vendors import guards
 from normkit_torch import device
 
-from .vendor import NAME, OPERATOR, PLATFORM, rows
+from .vendor import MODULE, NAME, OPERATOR, PLATFORM, rows
 
 ROOT = Path(__file__).parents[2]
 
 IN_JAX = """
 import jax, numpy as np
 from jax.interpreters import mlir
+from normkit.spec import NormSpec, Operand, describe
 from normkit.vendors import guards
 from normkit_jax import device, primitive
 import normkit_jax
@@ -40,6 +42,8 @@ assert next(verdict.name for verdict in verdicts if verdict.accepted) == {name!r
 with recorded() as calls:
     y, residual_out = jax.block_until_ready(jax.jit(normkit_jax.add_rms_norm)(x, residual, weight))
 assert len(calls) == 1
+artefact = jax.export.export(jax.jit(normkit_jax.add_rms_norm))(x, residual, weight)
+assert "callback" not in artefact.mlir_module() and len(calls) == 1
 h = x + residual
 np.testing.assert_allclose(y, h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-6) * weight, rtol=1e-5, atol=1e-5)
 np.testing.assert_array_equal(residual_out, h)
@@ -77,6 +81,23 @@ def test_what_the_vendor_refuses_goes_to_the_next() -> None:
         assert all(verdict.reason for verdict in verdicts)
     verdicts = normkit_torch.explain("rms_norm", x.requires_grad_(), weight)
     assert "no backward pass" in next(verdict.reason for verdict in verdicts if verdict.name == NAME)
+
+
+@pytest.mark.usefixtures("_there")
+def test_an_operator_that_fails_or_is_too_large_goes_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*_: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(MODULE, "_compute", compute)
+    for dtype in (torch.float32, torch.float16):
+        x, weight = torch.from_numpy(rows(4, 64)).to(dtype), torch.from_numpy(rows(64)).to(dtype)
+        verdicts = normkit_torch.explain("rms_norm", x, weight)
+        assert "no kernel image" in next(verdict.reason for verdict in verdicts if verdict.name == NAME)
+        torch.testing.assert_close(
+            normkit_torch.rms_norm(x, weight), normkit_torch.rms_norm(x, weight, implementation="reference")
+        )
+    large = describe(NormSpec("rms"), Operand((2**20, 4096), "float32"), platform=PLATFORM)
+    assert "counts elements in 32 bits" in str(MODULE.supports(large))
 
 
 def test_jax_takes_the_vendor() -> None:

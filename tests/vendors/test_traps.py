@@ -114,8 +114,7 @@ def test_what_the_operators_do_not_compute() -> None:
     if NAME == "vllm":
         refused("add_layer_norm", x, x, weight, match="no LayerNorm")
         refused("rms_norm", tensor(4, 60), tensor(60), match="multiple of 8, and it is 60")
-    else:
-        refused("rms_norm", x, match="wants a weight")
+    torch.testing.assert_close(normkit_torch.rms_norm(x, implementation=NAME), normkit_torch.rms_norm(x), rtol=1e-6, atol=1e-6)
 
 
 def test_layer_norm_in_float32_with_a_large_mean() -> None:
@@ -162,6 +161,32 @@ def test_a_package_for_another_torch_is_not_imported() -> None:
         assert done.stdout == "IPEX 2.8.0 belongs to torch 2.8, and this is torch 2.13.0\nFalse\n"
     else:
         assert done.stdout == "None\nFalse\n"
+
+
+def test_a_package_that_breaks_while_it_is_imported_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("libsomething.so.8: cannot open shared object file")
+
+    if NAME == "ipex":
+        monkeypatch.setattr(MODULE, "_functional", broken)
+        assert "OSError: libsomething.so.8" in MODULE.found.__wrapped__().problem
+    else:
+        monkeypatch.setattr(MODULE, "_registered", lambda: False)
+        monkeypatch.setattr(MODULE, "_libraries", lambda _: [])
+        monkeypatch.setattr(MODULE, "import_module", broken)
+        assert MODULE._load() == "OSError: libsomething.so.8: cannot open shared object file"
+
+
+def test_an_environment_is_not_made_over_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for script, arguments in (
+        ("vendors", [NAME, str(tmp_path), sys.executable]),
+        ("jax_gpu", [sys.executable, "1", "1", str(tmp_path)]),
+    ):
+        command = ["bash", str(ROOT / f"tests/{script}/make_env.sh"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, "name another directory" in done.stderr) == (2, True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_of_several_libraries_the_one_for_this_processor_is_loaded_and_once() -> None:

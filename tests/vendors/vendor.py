@@ -13,6 +13,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from normkit.vendors import rounding
+
 PACKAGES = {"vllm": "vllm", "ipex": "intel_extension_for_pytorch"}
 NAME = next((name for name, package in PACKAGES.items() if find_spec(package)), "")
 if not NAME:
@@ -35,7 +37,8 @@ def recorded() -> Iterator[list[Any]]:
 
     def recording(spec: Any, given: Any, out: Any) -> Any:
         results = compute(spec, given, out)
-        calls.append((given, results))
+        if len(given.x) != rounding._ROWS:  # not those rows that are computed to see how they are rounded
+            calls.append((given, results))
         return results
 
     with patch.object(MODULE, "_compute", recording):
