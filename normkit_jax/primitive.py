@@ -175,7 +175,7 @@ def _define(
         return jax.jit(partial(primitive.bind, **parameters))
 
     def implementation_of(*given: Array, **parameters: Any) -> list[Array]:
-        if jax.config.jax_disable_jit:
+        if getattr(jax.config, "jax_disable_jit"):  # noqa: B009 (its type does not know it)
             return step_by_step(*given, **parameters)
         results: list[Array] = compiled(**parameters)(*given)
         return results
