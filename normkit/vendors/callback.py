@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ..arrays import Array, numpy_dtype
@@ -51,23 +51,34 @@ def _callback(compute: Compute, problem: Problem, present: list[bool], overwrite
     kind, spec, flat = DEVICES[problem.platform], problem.spec, (problem.rows, problem.hidden_size)
     # torch asks a buffer for its device, and a capsule for nothing; on a GPU it also has to say in which stream it works
     tensor = from_capsule if kind == "cpu" else from_dlpack
+    adds, has_weight, has_bias = present[1:]
+    is_flat = len(problem.shape) == 2
+
+    def rows_of(buffers: Sequence[Any]) -> list[Any]:
+        tensors = [tensor(buffer) for buffer in buffers]
+        return tensors if is_flat else [one.view(flat) for one in tensors]
+
+    def compute_from(results: Sequence[Any], buffers: Sequence[Any]) -> None:
+        out = rows_of(results)
+        # where the results overwrite x and residual, these are there already
+        rows = out if overwrites else rows_of(buffers[: len(out)])
+        weight = tensor(buffers[len(out)]) if has_weight else None
+        bias = tensor(buffers[-1]) if has_bias else None
+        given = Given(rows[0], rows[1] if adds else None, weight, bias)
+        compute(spec, given, Results(out[0], out[1] if adds else None))
 
     def run(context: Any, results: Any, *buffers: Any) -> None:
-        with _stream(kind, context, results[0]):
-            out = [tensor(buffer).view(flat) for buffer in results]
-            # where the results overwrite x and residual, these are there already
-            rows = out if overwrites else [tensor(buffer).view(flat) for buffer in buffers[: len(out)]]
-            given = iter([*rows, *map(tensor, buffers[len(out) :])])
-            operands = Given(*(next(given) if there else None for there in present))
-            compute(spec, operands, Results(out[0], out[1] if present[1] else None))
+        if kind == "cpu":
+            compute_from(results, buffers)
+        else:
+            with _stream(kind, context, results[0]):
+                compute_from(results, buffers)
 
     return run
 
 
 def _stream(kind: str, context: Any, buffer: Any) -> AbstractContextManager[Any]:
     """Let torch work in the stream in which the program's own kernels run, so that all is done in order."""
-    if kind == "cpu":
-        return nullcontext()
     import torch
 
     module = torch.get_device_module(kind)
