@@ -7,5 +7,6 @@ TABLE = (
     Implementation("ipex", "normkit.vendors.ipex", automatic=("xpu",)),
     Implementation("vllm", "normkit.vendors.vllm", automatic=("rocm", "xpu")),
     Implementation("triton", "normkit_torch.launch", automatic=("cuda", "rocm", "xpu")),
+    Implementation("cpu", "normkit_torch.cpu", automatic=("cpu",)),
     Implementation("reference", "normkit.reference"),
 )

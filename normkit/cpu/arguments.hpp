@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arguments of one call, as normkit/cpu/library.py packs them: fields of eight bytes, strides in elements.
+#pragma once
+#include <cstdint>
+
+// Row r of an array starts at element (r / inner_rows) * outer + (r % inner_rows) * inner.
+struct Rows {
+    int64_t outer, inner;
+};
+
+// Null pointers for arrays that there are not.
+struct Forward {
+    const void *x, *residual, *weight, *bias;
+    void *y, *residual_out;
+    float *mean, *rstd;
+    Rows x_rows, residual_rows, y_rows, residual_out_rows;
+    int64_t rows, inner_rows, hidden;
+    double eps, weight_offset;
+    int64_t x_dtype, residual_dtype, weight_dtype, bias_dtype, y_dtype, residual_out_dtype;
+    int64_t subtract_mean, rounding, threads, level;
+    void *gomp_parallel;
+};
+
+// The statistics are of h as it is given; dx and dresidual, of shape (rows, hidden), are contiguous.
+struct Backward {
+    const void *dy, *dresidual_out, *h, *weight;
+    const float *mean, *rstd;
+    void *dx, *dresidual, *dweight, *dbias;
+    Rows dy_rows, dresidual_out_rows, h_rows;
+    int64_t rows, inner_rows, hidden;
+    double weight_offset;
+    int64_t dy_dtype, h_dtype, weight_dtype, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype;
+    int64_t threads, level;
+    void *gomp_parallel;
+};
+
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Rounding : int64_t { SUM = 0, STORED = 1, HF = 2 };
+
+constexpr int64_t ROWS_PER_WORKER = 3;
+
+// What a call needs besides, from the thread that calls: memory for every worker, and parameters in float32.
+struct Scratch {
+    float *rows;     // ROWS_PER_WORKER rows for each worker
+    int64_t padded;  // hidden up to a whole number of blocks: the stride of all these rows
+    float *weight, *bias;
+    float *partial_dweight, *partial_dbias;
+
+    float *row(int64_t worker, int64_t index) const { return rows + (worker * ROWS_PER_WORKER + index) * padded; }
+};
+
+// The rows of one kind of processor; every level computes the same bits.
+struct Level {
+    // Write weight_offset + values, or the values alone, as float32.
+    void (*widen)(const void *values, int64_t dtype, int64_t count, double offset, float *out);
+    void (*forward)(const Forward &, const Scratch &, int64_t first, int64_t last, int64_t worker);
+    // One part of the rows: dx, dresidual, and its own row of the partial sums.
+    void (*backward)(const Backward &, const Scratch &, int64_t part, int64_t first, int64_t last);
+    // The partial sums of some columns in order, as dtype.
+    void (*total)(const float *partial, int64_t parts, int64_t stride, int64_t first, int64_t last, int64_t dtype, void *out);
+};
+
+// Elements of a row that are handled at once; sums have so many terms side by side, on every processor.
+constexpr int64_t BLOCK = 32;

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface: one call, its scratch memory, the level of the processor, and rows dealt to threads.
+#include <cstdlib>
+#include <new>
+
+#include "arguments.hpp"
+#include "threads.hpp"
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+extern const Level LEVEL_BASELINE;
+#if defined(NORMKIT_X86)
+extern const Level LEVEL_AVX2, LEVEL_AVX512;
+#endif
+
+namespace {
+
+enum Status : int { DONE = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
+constexpr int LEVELS = 3;
+
+// Elements below which a second thread costs more than it saves, and elements of the smallest item of work.
+constexpr int64_t ALONE = 12288, SMALLEST_ITEM = 8192;
+constexpr int64_t ITEMS_PER_THREAD = 8;
+
+const Level *level_at(int64_t index) {
+#if defined(NORMKIT_X86)
+    if (index == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        return &LEVEL_AVX512;
+    }
+    if (index == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+        return &LEVEL_AVX2;
+    }
+#endif
+    return index == 0 ? &LEVEL_BASELINE : nullptr;
+}
+
+const Level *best() {
+    for (int64_t index = LEVELS - 1; index > 0; --index) {
+        if (level_at(index)) {
+            return level_at(index);
+        }
+    }
+    return level_at(0);
+}
+
+const Level *chosen(int64_t asked) {
+    static const Level *const fastest = best();
+    return asked < 0 ? fastest : level_at(asked);
+}
+
+// Memory that a thread keeps from call to call: fresh memory costs page faults.
+struct Memory {
+    void *start = nullptr;
+    size_t size = 0;
+
+    ~Memory() { std::free(start); }
+
+    float *floats(int64_t count) {
+        size_t bytes = (size_t(count) * sizeof(float) + 4095) / 4096 * 4096;
+        if (bytes > size) {
+            std::free(start);
+            start = std::aligned_alloc(4096, bytes);
+            size = start ? bytes : 0;
+        }
+        return static_cast<float *>(start);
+    }
+};
+thread_local Memory memory;
+
+int64_t padded(int64_t hidden) { return (hidden + BLOCK - 1) / BLOCK * BLOCK; }
+int64_t ceil_divide(int64_t numerator, int64_t denominator) { return (numerator + denominator - 1) / denominator; }
+int64_t at_least(int64_t least, int64_t value) { return value < least ? least : value; }
+
+struct ForwardRun {
+    const Forward &call;
+    const Scratch &scratch;
+    const Level *level;
+    int64_t rows_per_item;
+};
+
+void forward_item(const void *context, int64_t item, int64_t worker) {
+    auto &run = *static_cast<const ForwardRun *>(context);
+    int64_t first = item * run.rows_per_item, last = first + run.rows_per_item;
+    run.level->forward(run.call, run.scratch, first, last < run.call.rows ? last : run.call.rows, worker);
+}
+
+// Parameters of y's dtype are read as they are, others in float32.
+void widen_parameters(const Forward &call, const Level *level, Scratch &scratch, float *memory) {
+    bool as_given = !call.weight_offset && (!call.weight || call.weight_dtype == call.y_dtype) &&
+                    (!call.bias || (call.weight && call.bias_dtype == call.y_dtype)) &&
+                    (call.rounding != HF || call.x_dtype == call.y_dtype || call.x_dtype == FLOAT32 || call.y_dtype == FLOAT32);
+    if (as_given || !(call.weight || call.bias)) {
+        return;
+    }
+    scratch.weight = memory;
+    if (call.weight) {
+        level->widen(call.weight, call.weight_dtype, call.hidden, call.weight_offset, scratch.weight);
+    } else {
+        for (int64_t index = 0; index < call.hidden; ++index) {
+            scratch.weight[index] = 1.0f;
+        }
+    }
+    if (call.bias) {
+        scratch.bias = memory + scratch.padded;
+        level->widen(call.bias, call.bias_dtype, call.hidden, 0.0, scratch.bias);
+    }
+}
+
+}  // namespace
+
+// The levels that this processor has, as bits.
+EXPORTED int64_t normkit_levels() {
+    int64_t bits = 0;
+    for (int64_t index = 0; index < LEVELS; ++index) {
+        bits |= level_at(index) ? int64_t(1) << index : 0;
+    }
+    return bits;
+}
+
+EXPORTED int normkit_forward(const Forward *arguments) {
+    const Forward &call = *arguments;
+    const Level *level = chosen(call.level);
+    if (!level) {
+        return NO_LEVEL;
+    }
+    int64_t threads = call.rows * call.hidden < ALONE ? 1 : at_least(1, call.threads < call.rows ? call.threads : call.rows);
+    Scratch scratch{};
+    scratch.padded = padded(call.hidden);
+    scratch.rows = memory.floats((threads * ROWS_PER_WORKER + 2) * scratch.padded);
+    if (!scratch.rows) {
+        return NO_MEMORY;
+    }
+    widen_parameters(call, level, scratch, scratch.row(threads, 0));
+    if (threads == 1) {
+        level->forward(call, scratch, 0, call.rows, 0);
+        return DONE;
+    }
+    int64_t rows_per_item = at_least(ceil_divide(SMALLEST_ITEM, call.hidden), call.rows / (threads * ITEMS_PER_THREAD));
+    ForwardRun run{call, scratch, level, rows_per_item};
+    run_items(forward_item, &run, ceil_divide(call.rows, rows_per_item), threads, call.gomp_parallel);
+    return DONE;
+}
+EXPORTED int normkit_backward(const Backward *) { return 0; }

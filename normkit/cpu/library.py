@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels: where they are, why they are not there, and a call of them as the bytes that they read."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from struct import Struct
+from typing import NamedTuple
+
+from ..interface import Rejected, Wanted
+from ..spec import Problem
+from .build import LIBRARY
+
+FASTEST = -1
+"""The level to ask for: the fastest that the processor has; others are the bits of `Library.levels`, from 0."""
+
+_CODES = {None: 0, "float32": 0, "bfloat16": 1, "float16": 2}
+_ROUNDINGS = {None: 0, "sum": 0, "stored": 1, "hf": 2}
+# the fields of the structs of arguments.hpp
+_FORWARD = Struct("=16q 3q 2d 6q 5q").pack
+_BACKWARD = Struct("=16q 3q d 7q 3q").pack
+
+
+class Library(NamedTuple):
+    """The functions of the kernels, which take the bytes of a struct and return 0, and the levels of instructions there are."""
+
+    forward: Callable[[bytes], int]
+    backward: Callable[[bytes], int]
+    levels: tuple[int, ...]
+
+
+class Missing(NamedTuple):
+    """Why there are no kernels."""
+
+    reason: str
+
+
+@cache
+def load() -> Library | Missing:
+    """Load the compiled kernels, once."""
+    if not LIBRARY.exists():
+        return Missing("its kernels are not compiled: install a C++ compiler, then python -m normkit.cpu.build")
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        functions = library.normkit_forward, library.normkit_backward
+        levels = library.normkit_levels()
+    except (OSError, AttributeError) as error:
+        return Missing(f"its compiled kernels cannot be loaded: {error}; python -m normkit.cpu.build compiles them anew")
+    for function in functions:
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    return Library(*functions, tuple(level for level in range(levels.bit_length()) if levels >> level & 1))
+
+
+def supports(problem: Problem) -> Rejected | None:
+    """Accept float32, bfloat16 and float16 on the CPU, where the kernels are compiled."""
+    if problem.platform != "cpu":
+        return Rejected(f"it runs on cpu, not on {problem.platform}")
+    if "float64" in (*problem.dtypes, problem.out_dtype, problem.residual_out_dtype):
+        return Rejected("the CPU kernels compute in float32, which is not enough for float64")
+    if problem.in_place and problem.layout == "strided":
+        return Rejected("in place, the CPU kernels need unit stride along the row, and rows reached by two nested loops")
+    library = load()
+    return Rejected(library.reason) if isinstance(library, Missing) else None
+
+
+def forward(
+    problem: Problem,
+    pointers: tuple[int, int, int, int, int, int, int, int],
+    rows: tuple[int, ...],
+    inner_rows: int,
+    threads: int,
+    gomp_parallel: int = 0,
+    level: int = FASTEST,
+) -> None:
+    """Run the forward kernels.
+
+    Args:
+        problem: the call.
+        pointers: of x, residual, weight, bias, y, residual_out, mean and rstd; 0 for what there is not.
+        rows: outer and inner stride of x, residual, y and residual_out, in elements; see `normkit.layout`.
+        inner_rows: rows of the inner loop.
+        threads: the most to use.
+        gomp_parallel: address of GNU OpenMP's function whose threads to use; 0 for threads of our own.
+        level: of instructions.
+    """
+    spec, shape = problem.spec, problem.shape
+    hidden, count = shape[-1], problem.rows
+    if not count:
+        return
+    arguments = _FORWARD(
+        *pointers, *rows, count, inner_rows, hidden, spec.eps, spec.weight_offset,
+        _CODES[problem.x_dtype], _CODES[problem.residual_dtype], _CODES[problem.weight_dtype], _CODES[problem.bias_dtype],
+        _CODES[problem.out_dtype], _CODES[problem.residual_out_dtype],
+        spec.kind == "layer", _ROUNDINGS[spec.rounding], threads, level, gomp_parallel,
+    )  # fmt: skip
+    _check(_loaded().forward(arguments))
+
+
+def _loaded() -> Library:
+    library = load()
+    assert isinstance(library, Library)  # supports has accepted
+    return library
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("the CPU kernels could not allocate their scratch memory")

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "threads.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace {
+
+// Items are taken one by one, so that a thread that comes late or is interrupted delays nobody.
+struct Job {
+    Work work;
+    const void *context;
+    int64_t items, threads;
+    std::atomic<int64_t> next{0}, workers{0};
+
+    void take() {
+        int64_t worker = workers.fetch_add(1);
+        if (worker >= threads) {
+            return;
+        }
+        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+            work(context, item, worker);
+        }
+    }
+};
+
+void take(void *job) { static_cast<Job *>(job)->take(); }
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+long process() {
+#if defined(__unix__) || defined(__APPLE__)
+    return getpid();
+#else
+    return 0;
+#endif
+}
+
+// How long a thread waits awake for the next job: the time between two calls of a model's layers.
+constexpr auto AWAKE = std::chrono::microseconds(50);
+constexpr int64_t CLOSED = int64_t(1) << 32;
+
+class Pool {
+  public:
+    void run(Job &job) {
+        std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
+        if (!only.owns_lock() || process() != process_) {
+            job.take();
+            return;
+        }
+        grow(job.threads - 1);
+        job_ = &job;
+        entered_.store(0);
+        {
+            std::lock_guard<std::mutex> guard(mutex_);
+            epoch_.fetch_add(1);
+        }
+        if (asleep_.load() > 0) {
+            wake_.notify_all();
+        }
+        job.take();
+        entered_.fetch_or(CLOSED);
+        while (entered_.load() != CLOSED) {
+            relax();
+        }
+    }
+
+  private:
+    void grow(int64_t threads) {
+        while (int64_t(threads_.size()) < threads) {
+            try {
+                threads_.emplace_back([this, seen = epoch_.load()] { serve(seen); });
+            } catch (...) {
+                return;
+            }
+            threads_.back().detach();
+        }
+    }
+
+    void serve(int64_t seen) {
+        for (;;) {
+            seen = wait_after(seen);
+            if (entered_.fetch_add(1) < CLOSED) {
+                job_.load()->take();
+            }
+            entered_.fetch_sub(1);
+        }
+    }
+
+    int64_t wait_after(int64_t seen) {
+        auto until = std::chrono::steady_clock::now() + AWAKE;
+        do {
+            for (int turn = 0; turn < 64; ++turn, relax()) {
+                if (epoch_.load(std::memory_order_acquire) != seen) {
+                    return epoch_.load();
+                }
+            }
+        } while (std::chrono::steady_clock::now() < until);
+        std::unique_lock<std::mutex> lock(mutex_);
+        asleep_.fetch_add(1);
+        wake_.wait(lock, [&] { return epoch_.load() != seen; });
+        asleep_.fetch_sub(1);
+        return epoch_.load();
+    }
+
+    std::mutex busy_, mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> threads_;
+    std::atomic<Job *> job_{nullptr};
+    std::atomic<int64_t> epoch_{0}, entered_{CLOSED}, asleep_{0};
+    long process_ = process();
+};
+
+// Never destroyed: threads that wait when the process ends use it to the last. A child process makes its own.
+Pool *pool() {
+    static std::mutex mutex;
+    static std::atomic<Pool *> current{nullptr};
+    static std::atomic<long> owner{0};
+    if (owner.load() != process()) {
+        std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+        if (lock.owns_lock() && owner.load() != process()) {
+            current.store(new (std::nothrow) Pool);
+            owner.store(process());
+        }
+    }
+    return current.load();
+}
+
+}  // namespace
+
+void run_items(Work work, const void *context, int64_t items, int64_t threads, void *gomp_parallel) {
+    Job job{work, context, items, threads < items ? threads : items};
+    if (job.threads <= 1) {
+        job.take();
+    } else if (gomp_parallel) {
+        typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+        reinterpret_cast<Parallel>(gomp_parallel)(take, &job, unsigned(job.threads), 0);
+    } else if (Pool *threads_of_our_own = pool()) {
+        threads_of_our_own->run(job);
+    } else {
+        job.take();
+    }
+}

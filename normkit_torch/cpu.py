@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `cpu` implementation: torch tensors to the C++ kernels of normkit.cpu."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from normkit.cpu import library
+from normkit.cpu.library import supports
+from normkit.interface import Forward, Gradients, Wanted
+from normkit.layout import row_layout
+from normkit.spec import Problem
+
+__all__ = ["backward", "forward", "forward_", "supports"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _gomp_parallel() -> int:
+    """Return the address of GNU OpenMP's function in this process, whose threads torch uses too; 0 if it is another OpenMP."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+
+
+_GOMP_PARALLEL = _gomp_parallel()
+
+
+def forward(problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Forward:
+    """Compute y, residual_out and, if a backward may follow, the statistics."""
+    shape, wanted = problem.shape, problem.residual_out_dtype
+    y = torch.empty(shape, dtype=_DTYPES[problem.out_dtype])
+    residual_out = torch.empty(shape, dtype=_DTYPES[wanted]) if wanted else None
+    mean = rstd = None
+    if problem.needs_grad:
+        rstd = torch.empty(shape[:-1])
+        mean = torch.empty(shape[:-1]) if problem.spec.subtract_mean else None
+    out = Forward(y, residual_out, mean, rstd)
+    _forward(problem, x, residual, weight, bias, out)
+    return out
+
+
+def forward_(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Write y into x and residual_out into residual."""
+    _forward(problem, x, residual, weight, bias, Forward(x, residual, None, None))
+
+
+def _forward(
+    problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
+) -> None:
+    y, residual_out, mean, rstd = out
+    hidden = problem.shape[-1]
+    inner_rows, rows = 1, (hidden, 0) * 4
+    if problem.layout != "contiguous":
+        (x, residual), inner_rows, rows = _laid_out(problem, x, residual)
+        rows = rows * 2 if problem.in_place else rows + (inner_rows * hidden, hidden) * 2
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    pointers = (
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        0 if residual_out is None else residual_out.data_ptr(),
+        0 if mean is None else mean.data_ptr(),
+        0 if rstd is None else rstd.data_ptr(),
+    )
+    library.forward(problem, pointers, rows, inner_rows, torch.get_num_threads(), _GOMP_PARALLEL)
+
+
+def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Tensor | None], int, tuple[int, ...]]:
+    """Return the tensors, those copied whose rows two loops do not reach, inner_rows, and the strides of each one's rows."""
+    layout = row_layout(problem.shape, [tensor.stride() for tensor in tensors if tensor is not None])
+    found = iter(layout.strides)
+    rows: tuple[int, ...] = ()
+    reached: list[Tensor | None] = []
+    for tensor in tensors:
+        own = None if tensor is None else next(found)
+        reached.append(tensor if own is not None or tensor is None else tensor.contiguous())
+        rows += own or (layout.inner_rows * problem.hidden_size, problem.hidden_size)
+    return reached, layout.inner_rows, rows
