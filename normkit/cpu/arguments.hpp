@@ -37,6 +37,12 @@ struct Backward {
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Rounding : int64_t { SUM = 0, STORED = 1, HF = 2 };
 
+// Whether all rows of a call are bfloat16, for which vectors.hpp has an order of its own.
+static inline bool is_split(const Forward &call) {
+    return call.x_dtype == BFLOAT16 && call.y_dtype == BFLOAT16 && (!call.residual || call.residual_dtype == BFLOAT16) &&
+           (!call.residual_out || call.residual_out_dtype == BFLOAT16);
+}
+
 constexpr int64_t ROWS_PER_WORKER = 3;
 
 // What a call needs besides, from the thread that calls: memory for every worker, and parameters in float32.
@@ -51,8 +57,8 @@ struct Scratch {
 
 // The rows of one kind of processor; every level computes the same bits.
 struct Level {
-    // Write weight_offset + values, or the values alone, as float32.
-    void (*widen)(const void *values, int64_t dtype, int64_t count, double offset, float *out);
+    // Write offset + values as float32, in the order of split rows if asked.
+    void (*widen)(const void *values, int64_t dtype, bool split, int64_t count, double offset, float *out);
     void (*forward)(const Forward &, const Scratch &, int64_t first, int64_t last, int64_t worker);
     // One part of the rows: dx, dresidual, and its own row of the partial sums.
     void (*backward)(const Backward &, const Scratch &, int64_t part, int64_t first, int64_t last);

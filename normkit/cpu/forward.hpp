@@ -1,14 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward pass of one row in two or three passes over it: h and a sum, for LayerNorm the centred squares, y.
 #pragma once
-#include "vectors.hpp"
+#include "loops.hpp"
 
 namespace {
-
-template <class A, class B>
-constexpr bool same = false;
-template <class A>
-constexpr bool same<A, A> = true;
 
 // h = x + residual into residual_out, and in float32 into `wide`, where neither x nor residual_out is that. The result is the sum
 // of h, or of its squares.
@@ -18,22 +13,21 @@ double add(const void *x_row, const void *residual_row, void *out_row, float *wi
     auto residual = static_cast<const typename Residual::Memory *>(residual_row);
     auto out = static_cast<typename Out::Memory *>(out_row);
     double total[1];
-    by_sums(hidden, total, [&](int64_t start, int vector, auto part, Sums *sums) __attribute__((always_inline)) {
-        Floats h = load<X>(x, start, vector, part);
+    by_sums<same<X, Split>>(hidden, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
+        Pair h = load<X>(x + start, pair, at);
         if constexpr (!same<Residual, Nothing>) {
-            h += load<Residual>(residual, start, vector, part);
+            h = h + load<Residual>(residual + start, pair, at);
         }
         if constexpr (!same<Out, Nothing>) {
-            typename Out::Packed packed = Out::narrow(h);
-            store<Out>(packed, out, start, vector, part);
+            Pair written = store<Out>(h, out + start, pair, at);
             if constexpr (STORED) {
-                h = Out::widen(packed);
+                h = written;
             }
         }
         if constexpr (!same<Out, Float32> && !(same<X, Float32> && same<Residual, Nothing> && same<Out, Nothing>)) {
-            store<Float32>(h, wide, start, vector, part);
+            store<Wide>(h, wide + start, pair, at);
         }
-        sums->terms[vector] += SUBTRACT_MEAN ? h : h * h;
+        sums->terms[pair] = sums->terms[pair] + (SUBTRACT_MEAN ? h : h * h);
     });
     return total[0];
 }
@@ -42,68 +36,106 @@ template <class H>
 double sum(const void *h_row, int64_t hidden) {
     auto h = static_cast<const typename H::Memory *>(h_row);
     double total[1];
-    by_sums(hidden, total, [&](int64_t start, int vector, auto part, Sums *sums) __attribute__((always_inline)) {
-        sums->terms[vector] += load<H>(h, start, vector, part);
+    by_sums<same<H, Split>>(hidden, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
+        sums->terms[pair] = sums->terms[pair] + load<H>(h + start, pair, at);
     });
     return total[0];
 }
 
-template <class H>
+template <class H, bool SPLIT>
 double sum_of_squares(const void *h_row, int64_t hidden, float mean) {
     auto h = static_cast<const typename H::Memory *>(h_row);
     double total[1];
-    by_sums(hidden, total, [&](int64_t start, int vector, auto part, Sums *sums) __attribute__((always_inline)) {
-        Floats centred = kept(load<H>(h, start, vector, part) - mean, vector, part);
-        sums->terms[vector] += centred * centred;
+    by_sums<SPLIT>(hidden, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
+        Pair centred = kept<SPLIT>(load<H>(h + start, pair, at) - mean, pair, at);
+        sums->terms[pair] = sums->terms[pair] + centred * centred;
     });
     return total[0];
 }
 
+template <bool CONDITION, class Yes, class No>
+struct Chosen {
+    typedef Yes Type;
+};
+template <class Yes, class No>
+struct Chosen<false, Yes, No> {
+    typedef No Type;
+};
+template <bool CONDITION, class Yes, class No>
+using Choice = typename Chosen<CONDITION, Yes, No>::Type;
+
+constexpr int64_t CACHE_LINE = 64;
+
+// `ahead` are rows that are needed next: fetched from memory meanwhile, as if they were of y's dtype.
 // y = x_hat weight + bias, with x_hat rounded to Hat.
 template <class Y, class Hat, class Parameter, bool WEIGHT, bool BIAS>
-void normalise(const float *h, const void *weight_row, const void *bias_row, void *y_row, int64_t hidden, float mean, float rstd) {
+void normalise(const float *h, const void *weight_row, const void *bias_row, void *y_row, int64_t hidden, float mean, float rstd,
+               const void *const *ahead) {
     auto weight = static_cast<const typename Parameter::Memory *>(weight_row);
     auto bias = static_cast<const typename Parameter::Memory *>(bias_row);
     auto y = static_cast<typename Y::Memory *>(y_row);
-    by_vectors(0, hidden, [&](int64_t start, int vector, auto part) __attribute__((always_inline)) {
-        Floats value = (load<Float32>(h, start, vector, part) - mean) * rstd;
-        value = Hat::widen(Hat::narrow(value));
+    typedef Choice<same<Y, Split>, Wide, Float32> H;
+    by_pairs(hidden, [&](int64_t start, int pair, auto at) INLINED {
+        if (pair * IN_PAIR * sizeof *y % CACHE_LINE == 0) {
+            __builtin_prefetch(static_cast<const char *>(ahead[0]) + (start + pair * IN_PAIR) * sizeof *y);
+            __builtin_prefetch(static_cast<const char *>(ahead[1]) + (start + pair * IN_PAIR) * sizeof *y);
+        }
+        Pair value = (load<H>(h + start, pair, at) - mean) * rstd;
+        if constexpr (!same<Hat, Float32>) {
+            value = rounded<Hat>(value);
+        }
         if constexpr (WEIGHT) {
-            value *= load<Parameter>(weight, start, vector, part);
+            value = value * load<Parameter>(weight + start, pair, at);
         }
         if constexpr (BIAS) {
-            value += load<Parameter>(bias, start, vector, part);
+            value = value + load<Parameter>(bias + start, pair, at);
         }
-        store<Y>(Y::narrow(value), y, start, vector, part);
+        store<Y>(value, y + start, pair, at);
     });
 }
 
 typedef double (*Add)(const void *, const void *, void *, float *, int64_t);
 typedef double (*Sum)(const void *, int64_t);
 typedef double (*SumOfSquares)(const void *, int64_t, float);
-typedef void (*Normalise)(const float *, const void *, const void *, void *, int64_t, float, float);
+typedef void (*Normalise)(const float *, const void *, const void *, void *, int64_t, float, float, const void *const *);
 
 template <class Function>
 ALWAYS auto with_dtype(int64_t dtype, Function function) {
     return dtype == FLOAT32 ? function(Float32{}) : dtype == BFLOAT16 ? function(BFloat16{}) : function(Float16{});
 }
 
-// weight_offset + values, or the values alone, as float32.
-void widen(const void *values, int64_t dtype, int64_t count, double offset, float *out) {
-    with_dtype(dtype, [&](auto of) {
+// Even and odd elements of the pair, where the rows that it is combined with are Split.
+ALWAYS Pair in_order(Pair values, bool split) {
+    if (split) {
+        float from[IN_PAIR];
+        store<Wide>(values, from, 0, Whole{});
+        for (int lane = 0; lane < LANES; ++lane) {
+            values.first[lane] = from[2 * lane];
+            values.second[lane] = from[2 * lane + 1];
+        }
+    }
+    return values;
+}
+
+// offset + values as float32; without an offset the values alone, because adding zero would change the sign of a zero.
+void widen(const void *values, int64_t dtype, bool split, int64_t count, double offset, float *out) {
+    auto widen_as = [&](auto of) {
         typedef decltype(of) T;
         auto row = static_cast<const typename T::Memory *>(values);
-        by_vectors(0, count, [&](int64_t start, int vector, auto part) {
-            Floats wide = load<T>(row, start, vector, part);
-            // an offset of zero would change the sign of a zero
-            store<Float32>(offset ? wide + float(offset) : wide, out, start, vector, part);
+        by_pairs(count, [&](int64_t start, int pair, auto at) INLINED {
+            Pair wide = load<T>(row + start, pair, at);
+            if (!same<T, Split>) {
+                wide = in_order(wide, split);
+            }
+            store<Wide>(offset ? each(wide, [&](Floats v) { return v + float(offset); }) : wide, out + start, pair, at);
         });
-    });
+    };
+    dtype == BFLOAT16 && split ? widen_as(Split{}) : with_dtype(dtype, widen_as);
 }
 
 template <class X, class Residual, class Out>
 Add add_of(bool stored, bool subtract_mean) {
-    if constexpr (same<Out, BFloat16> || same<Out, Float16>) {
+    if constexpr (!same<Out, Nothing> && !same<Out, Float32>) {
         if (stored) {
             return subtract_mean ? add<X, Residual, Out, true, true> : add<X, Residual, Out, true, false>;
         }
@@ -114,6 +146,11 @@ Add add_of(bool stored, bool subtract_mean) {
 // Null for a combination of dtypes that is rare: it is computed from x and residual in float32.
 Add add_for(const Forward &call) {
     bool stored = call.rounding != SUM, mean = call.subtract_mean;
+    if (is_split(call)) {
+        return call.residual       ? add_of<Split, Split, Split>(stored, mean)
+               : call.residual_out ? add_of<Split, Nothing, Split>(stored, mean)
+                                   : add_of<Split, Nothing, Nothing>(stored, mean);
+    }
     return with_dtype(call.x_dtype, [&](auto x) -> Add {
         typedef decltype(x) X;
         if (!call.residual_out) {
@@ -148,6 +185,13 @@ Normalise normalise_of(bool weight, bool bias) {
 
 Normalise normalise_for(const Forward &call, bool wide_parameters, bool weight, bool bias) {
     int64_t hat_dtype = call.rounding == HF ? call.x_dtype : FLOAT32;
+    if (is_split(call)) {
+        if (hat_dtype == FLOAT32) {
+            return wide_parameters ? normalise_of<Split, Float32, Wide>(weight, bias)
+                                   : normalise_of<Split, Float32, Split>(weight, bias);
+        }
+        return wide_parameters ? normalise_of<Split, Split, Wide>(weight, bias) : normalise_of<Split, Split, Split>(weight, bias);
+    }
     return with_dtype(call.y_dtype, [&](auto y) {
         typedef decltype(y) Y;
         return with_dtype(hat_dtype, [&](auto hat) {
@@ -174,13 +218,13 @@ ALWAYS Pointer row_of(Pointer array, Rows rows, int64_t row, int64_t inner_rows,
     return array ? (Same)((char *)array + element(rows, row, inner_rows) * size_of(dtype)) : nullptr;
 }
 
-ALWAYS float reciprocal_root(double sum_of_squares, int64_t hidden, double eps) {
-    return 1.0f / __builtin_sqrtf(float(sum_of_squares / double(hidden)) + float(eps));
+ALWAYS float reciprocal_root(double sum_of_squares, double one_of_hidden, float eps) {
+    return 1.0f / __builtin_sqrtf(float(sum_of_squares * one_of_hidden) + eps);
 }
 
 // An array's rows in float32, exactly: those of dtypes that `add` does not know side by side.
 const void *widened(const void *row, int64_t dtype, int64_t hidden, float *wide) {
-    widen(row, dtype, hidden, 0.0, wide);
+    widen(row, dtype, false, hidden, 0.0, wide);
     return wide;
 }
 
@@ -194,11 +238,13 @@ void forward_rows(const Forward &given, const Scratch &scratch, int64_t first, i
     const void *weight = scratch.weight ? scratch.weight : call.weight, *bias = scratch.bias ? scratch.bias : call.bias;
     const Normalise normalise_row = normalise_for(call, scratch.weight || scratch.bias, weight, bias);
     Add add_row = add_for(call);
-    const bool rare = !add_row;
+    const bool rare = !add_row, split = is_split(call);
     if (rare) {
         call.x_dtype = call.residual_dtype = FLOAT32;
         add_row = add_for(call);
     }
+    const double one_of_hidden = 1.0 / double(hidden);
+    const float eps = float(call.eps);
     float *wide = scratch.row(worker, 0);
     for (int64_t row = first; row < last; ++row) {
         auto x = row_of(call.x, call.x_rows, row, inner_rows, given.x_dtype);
@@ -213,16 +259,21 @@ void forward_rows(const Forward &given, const Scratch &scratch, int64_t first, i
         auto h = x_is_h ? static_cast<const float *>(x) : out_is_h ? static_cast<const float *>(out) : wide;
         float mean = 0.0f;
         if (call.subtract_mean) {
-            mean = float(total / double(hidden));
-            total = sum_of_squares<Float32>(h, hidden, mean);
+            mean = float(total * one_of_hidden);
+            total = split ? sum_of_squares<Wide, true>(h, hidden, mean) : sum_of_squares<Float32, false>(h, hidden, mean);
         }
-        float rstd = reciprocal_root(total, hidden, call.eps);
-        normalise_row(h, weight, bias, y, hidden, mean, rstd);
+        float rstd = reciprocal_root(total, one_of_hidden, eps);
+        int64_t after = row + 1 < last ? row + 1 : row;
+        const void *ahead[] = {row_of(call.x, call.x_rows, after, inner_rows, given.x_dtype), y};
+        if (call.residual) {
+            ahead[1] = row_of(call.residual, call.residual_rows, after, inner_rows, given.residual_dtype);
+        }
+        normalise_row(h, weight, bias, y, hidden, mean, rstd, ahead);
         if (statistics_of_rounded) {
             bool brain = call.residual_out_dtype == BFLOAT16;
-            mean = call.subtract_mean ? float((brain ? sum<BFloat16> : sum<Float16>)(out, hidden) / double(hidden)) : 0.0f;
-            total = (brain ? sum_of_squares<BFloat16> : sum_of_squares<Float16>)(out, hidden, mean);
-            rstd = reciprocal_root(total, hidden, call.eps);
+            mean = call.subtract_mean ? float((brain ? sum<BFloat16> : sum<Float16>)(out, hidden) * one_of_hidden) : 0.0f;
+            total = (brain ? sum_of_squares<BFloat16, false> : sum_of_squares<Float16, false>)(out, hidden, mean);
+            rstd = reciprocal_root(total, one_of_hidden, eps);
         }
         if (call.mean) {
             call.mean[row] = mean;

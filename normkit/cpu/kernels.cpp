@@ -95,15 +95,15 @@ void widen_parameters(const Forward &call, const Level *level, Scratch &scratch,
     }
     scratch.weight = memory;
     if (call.weight) {
-        level->widen(call.weight, call.weight_dtype, call.hidden, call.weight_offset, scratch.weight);
+        level->widen(call.weight, call.weight_dtype, is_split(call), call.hidden, call.weight_offset, scratch.weight);
     } else {
-        for (int64_t index = 0; index < call.hidden; ++index) {
+        for (int64_t index = 0; index < scratch.padded; ++index) {
             scratch.weight[index] = 1.0f;
         }
     }
     if (call.bias) {
         scratch.bias = memory + scratch.padded;
-        level->widen(call.bias, call.bias_dtype, call.hidden, 0.0, scratch.bias);
+        level->widen(call.bias, call.bias_dtype, is_split(call), call.hidden, 0.0, scratch.bias);
     }
 }
 

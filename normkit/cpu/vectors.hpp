@@ -117,132 +117,145 @@ struct Float16 {
 #endif
 };
 
+// bfloat16 of which a pair of vectors has every other element each: fewer instructions from and to memory. All rows that are
+// combined must then be in that order, which is that of the memory for none but these.
+struct Split {
+    typedef uint16_t Memory;
+};
+// A row of float32 of our own, in the order of the rows that it is combined with, up to a whole number of blocks.
+struct Wide {
+    typedef float Memory;
+};
 // An array that is not there.
 struct Nothing {
     typedef char Memory;
 };
 
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
 // A whole block, or the first `count` elements of one.
 struct Whole {
-    ALWAYS int64_t lanes(int) const { return LANES; }
+    static constexpr int64_t elements(int64_t, int64_t length) { return length; }
 };
 struct Part {
     int64_t count;
-    ALWAYS int64_t lanes(int vector) const {
-        int64_t left = count - int64_t(vector) * LANES;
-        return left < 0 ? 0 : left < LANES ? left : LANES;
+    // Of `length` elements after the first `start` of the block, those that the row has.
+    ALWAYS int64_t elements(int64_t start, int64_t length) const {
+        int64_t left = count - start;
+        return left < 0 ? 0 : left < length ? left : length;
     }
 };
 
-template <class T>
-ALWAYS Floats load(const typename T::Memory *row, int64_t start, int vector, Whole) {
-    typename T::Packed packed;
-    std::memcpy(&packed, row + start + vector * LANES, sizeof packed);
-    return T::widen(packed);
+// Two vectors: 2 LANES elements, in the order of the memory or (see Split) every other one.
+struct Pair {
+    Floats first, second;
+};
+constexpr int PAIRS = VECTORS / 2;
+constexpr int64_t IN_PAIR = 2 * LANES;
+
+template <class Function>
+ALWAYS Pair each(Pair pair, Function function) {
+    return {function(pair.first), function(pair.second)};
 }
-template <class T>
-ALWAYS Floats load(const typename T::Memory *row, int64_t start, int vector, Part part) {
-    typename T::Packed packed{};
-    if (part.lanes(vector)) {
-        std::memcpy(&packed, row + start + vector * LANES, part.lanes(vector) * sizeof *row);
+template <class Function>
+ALWAYS Pair each(Pair a, Pair b, Function function) {
+    return {function(a.first, b.first), function(a.second, b.second)};
+}
+ALWAYS Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+ALWAYS Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
+ALWAYS Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
+ALWAYS Pair operator*(Pair a, float b) { return {a.first * b, a.second * b}; }
+ALWAYS Pair operator-(Pair a, float b) { return {a.first - b, a.second - b}; }
+
+template <class Packed, class Memory, class At>
+ALWAYS Packed read(const Memory *row, int64_t start, int64_t length, At at) {
+    Packed packed{};
+    if constexpr (same<At, Whole>) {
+        std::memcpy(&packed, row + start, sizeof packed);
+    } else if (int64_t count = at.elements(start, length)) {
+        std::memcpy(&packed, row + start, count * sizeof *row);
     }
-    return T::widen(packed);
+    return packed;
 }
-template <class T>
-ALWAYS void store(typename T::Packed packed, typename T::Memory *row, int64_t start, int vector, Whole) {
-    std::memcpy(row + start + vector * LANES, &packed, sizeof packed);
-}
-template <class T>
-ALWAYS void store(typename T::Packed packed, typename T::Memory *row, int64_t start, int vector, Part part) {
-    if (part.lanes(vector)) {
-        std::memcpy(row + start + vector * LANES, &packed, part.lanes(vector) * sizeof *row);
+template <class Packed, class Memory, class At>
+ALWAYS void write(Packed packed, Memory *row, int64_t start, int64_t length, At at) {
+    if constexpr (same<At, Whole>) {
+        std::memcpy(row + start, &packed, sizeof packed);
+    } else if (int64_t count = at.elements(start, length)) {
+        std::memcpy(row + start, &packed, count * sizeof *row);
     }
+}
+
+constexpr uint32_t UPPER = 0xffff0000;
+
+// The upper half is the bfloat16. What is rounded is the result of arithmetic, so that a NaN is a quiet one.
+ALWAYS Floats rounded_upper(Floats values) {
+    Words bits = bits_as<Words>(values);
+    return bits_as<Floats>(bits + (bits_as<Words>(values == values) & (((bits >> 16) & 1) + 0x7fff)));
+}
+
+template <class T, class At>
+ALWAYS Pair load(const typename T::Memory *block, int pair, At at) {
+    int64_t start = pair * IN_PAIR;
+    if constexpr (same<T, Split>) {
+        Words both = read<Words>(block, start, IN_PAIR, at);
+        return {bits_as<Floats>(both << 16), bits_as<Floats>(both & UPPER)};
+    } else if constexpr (same<T, Wide>) {
+        return {read<Floats>(block, start, LANES, Whole{}), read<Floats>(block, start + LANES, LANES, Whole{})};
+    } else {
+        typedef typename T::Packed Packed;
+        return {T::widen(read<Packed>(block, start, LANES, at)), T::widen(read<Packed>(block, start + LANES, LANES, at))};
+    }
+}
+
+// Write values rounded to T, and return what was written.
+template <class T, class At>
+ALWAYS Pair store(Pair values, typename T::Memory *block, int pair, At at) {
+    int64_t start = pair * IN_PAIR;
+    if constexpr (same<T, Split>) {
+        Words even = bits_as<Words>(rounded_upper(values.first)), odd = bits_as<Words>(rounded_upper(values.second)) & UPPER;
+        write((even >> 16) | odd, block, start, IN_PAIR, at);
+        return {bits_as<Floats>(even & UPPER), bits_as<Floats>(odd)};
+    } else if constexpr (same<T, Wide>) {
+        write(values.first, block, start, LANES, Whole{});
+        write(values.second, block, start + LANES, LANES, Whole{});
+        return values;
+    } else {
+        auto first = T::narrow(values.first), second = T::narrow(values.second);
+        write(first, block, start, LANES, at);
+        write(second, block, start + LANES, LANES, at);
+        return {T::widen(first), T::widen(second)};
+    }
+}
+
+template <class T>
+ALWAYS Pair rounded(Pair values) {
+    if constexpr (same<T, Split>) {
+        return each(values, [](Floats v) { return bits_as<Floats>(bits_as<Words>(rounded_upper(v)) & UPPER); });
+    } else {
+        return each(values, [](Floats v) { return T::widen(T::narrow(v)); });
+    }
+}
+
+// Where in its block the element is that a lane of a pair has.
+template <bool SPLIT>
+constexpr int64_t place(int pair, int second, int lane) {
+    return pair * IN_PAIR + (SPLIT ? 2 * lane + second : second * LANES + lane);
 }
 
 // Zero where the row has no elements.
-ALWAYS Floats kept(Floats values, int, Whole) { return values; }
-ALWAYS Floats kept(Floats values, int vector, Part part) {
-    for (int lane = 0; lane < LANES; ++lane) {
-        values[lane] = lane < part.lanes(vector) ? values[lane] : 0.0f;
+template <bool SPLIT, class At>
+ALWAYS Pair kept(Pair values, int pair, At at) {
+    if constexpr (same<At, Part>) {
+        for (int lane = 0; lane < LANES; ++lane) {
+            values.first[lane] = place<SPLIT>(pair, 0, lane) < at.count ? values.first[lane] : 0.0f;
+            values.second[lane] = place<SPLIT>(pair, 1, lane) < at.count ? values.second[lane] : 0.0f;
+        }
     }
     return values;
-}
-
-template <class Body>
-ALWAYS int64_t by_whole_blocks(int64_t first, int64_t last, Body body) {
-    int64_t start = first;
-    for (; start + BLOCK <= last; start += BLOCK) {
-#pragma GCC unroll 8
-        for (int vector = 0; vector < VECTORS; ++vector) {
-            body(start, vector, Whole{});
-        }
-    }
-    return start;
-}
-
-// The end of a row: not unrolled, as it is there once.
-template <class Body>
-ALWAYS void by_part(int64_t start, int64_t last, Body body) {
-#pragma GCC unroll 1
-    for (int vector = 0; vector < VECTORS; ++vector) {
-        body(start, vector, Part{last - start});
-    }
-}
-
-template <class Body>
-ALWAYS void by_vectors(int64_t first, int64_t last, Body body) {
-    int64_t start = by_whole_blocks(first, last, body);
-    if (start < last) {
-        by_part(start, last, body);
-    }
-}
-
-struct Sums {
-    Floats terms[VECTORS] = {};
-
-    // Fold the upper half onto the lower, down to one: the same order for vectors of any width.
-    ALWAYS float folded() const {
-        float sums[BLOCK];
-        std::memcpy(sums, terms, sizeof sums);
-        for (int width = BLOCK / 2; width; width /= 2) {
-            for (int index = 0; index < width; ++index) {
-                sums[index] += sums[index + width];
-            }
-        }
-        return sums[0];
-    }
-};
-
-// A longer row is summed in parts of this length, and these in float64.
-constexpr int64_t SUM_LENGTH = 8192;
-
-// Totals over a row of COUNT sums to which body(start, vector, part, sums) adds.
-template <int COUNT, class Body>
-ALWAYS void by_sums(int64_t hidden, double (&totals)[COUNT], Body body) {
-    for (double &total : totals) {
-        total = 0.0;
-    }
-    for (int64_t first = 0; first < hidden; first += SUM_LENGTH) {
-        int64_t last = first + SUM_LENGTH < hidden ? first + SUM_LENGTH : hidden;
-        Sums sums[COUNT];
-        auto whole = [&](int64_t start, int vector, Whole all) __attribute__((always_inline)) { body(start, vector, all, sums); };
-        int64_t rest = by_whole_blocks(first, last, whole);
-        if (rest < last) {
-            // in memory of their own, so that the sums above can stay in registers
-            Sums ends[COUNT];
-            by_part(rest, last, [&](int64_t start, int vector, Part part) __attribute__((always_inline)) {
-                body(start, vector, part, ends);
-            });
-            for (int index = 0; index < COUNT; ++index) {
-                for (int vector = 0; vector < VECTORS; ++vector) {
-                    sums[index].terms[vector] += ends[index].terms[vector];
-                }
-            }
-        }
-        for (int index = 0; index < COUNT; ++index) {
-            totals[index] += sums[index].folded();
-        }
-    }
 }
 
 }  // namespace
