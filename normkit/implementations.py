@@ -6,5 +6,6 @@ from .registry import Implementation
 TABLE = (
     Implementation("ipex", "normkit.vendors.ipex", automatic=()),
     Implementation("vllm", "normkit.vendors.vllm", automatic=()),
+    Implementation("cpu", "normkit.cpu.numpy", automatic=("cpu",)),
     Implementation("reference", "normkit.reference"),
 )

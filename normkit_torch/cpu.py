@@ -84,3 +84,35 @@ def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Tensor | 
         reached.append(tensor if own is not None or tensor is None else tensor.contiguous())
         rows += own or (layout.inner_rows * problem.hidden_size, problem.hidden_size)
     return reached, layout.inner_rows, rows
+
+
+def backward(
+    problem: Problem,
+    wanted: Wanted,
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+) -> Gradients:
+    """Compute the gradients, dweight and dbias by partial sums over a fixed division of the rows."""
+    shape, hidden = problem.shape, problem.shape[-1:]
+    gradients = Gradients(
+        _new(shape, problem.x_dtype if wanted.dx else None),
+        _new(shape, problem.residual_dtype if wanted.dresidual else None),
+        _new(hidden, problem.weight_dtype if wanted.dweight else None),
+        _new(hidden, problem.bias_dtype if wanted.dbias else None),
+    )
+    inner_rows, rows = 1, (problem.hidden_size, 0) * 3
+    if problem.layout != "contiguous":
+        (dy, dresidual_out, h), inner_rows, rows = _laid_out(problem, dy, dresidual_out, h)
+    # kept here, so that a copy lives as long as the call
+    given = (dy, dresidual_out, h, *(None if tensor is None else tensor.contiguous() for tensor in (weight, mean, rstd)))
+    pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in given + gradients)
+    library.backward(problem, pointers, rows, inner_rows, torch.get_num_threads(), _GOMP_PARALLEL)
+    return gradients
+
+
+def _new(shape: tuple[int, ...], dtype: str | None) -> Tensor | None:
+    return None if dtype is None else torch.empty(shape, dtype=_DTYPES[dtype])

@@ -43,6 +43,10 @@ static inline bool is_split(const Forward &call) {
            (!call.residual_out || call.residual_out_dtype == BFLOAT16);
 }
 
+static inline bool is_split(const Backward &call) {
+    return call.dy_dtype == BFLOAT16 && call.h_dtype == BFLOAT16 && (!call.dx || call.dx_dtype == BFLOAT16) && !call.dresidual;
+}
+
 constexpr int64_t ROWS_PER_WORKER = 3;
 
 // What a call needs besides, from the thread that calls: memory for every worker, and parameters in float32.
@@ -61,9 +65,9 @@ struct Level {
     void (*widen)(const void *values, int64_t dtype, bool split, int64_t count, double offset, float *out);
     void (*forward)(const Forward &, const Scratch &, int64_t first, int64_t last, int64_t worker);
     // One part of the rows: dx, dresidual, and its own row of the partial sums.
-    void (*backward)(const Backward &, const Scratch &, int64_t part, int64_t first, int64_t last);
-    // The partial sums of some columns in order, as dtype.
-    void (*total)(const float *partial, int64_t parts, int64_t stride, int64_t first, int64_t last, int64_t dtype, void *out);
+    void (*backward)(const Backward &, const Scratch &, int64_t part, int64_t first, int64_t last, int64_t worker);
+    // The partial sums of the columns from first to last, as dtype; the first part's are lost.
+    void (*total)(float *partial, int64_t parts, int64_t padded, int64_t first, int64_t last, bool split, int64_t dtype, void *out);
 };
 
 // Elements of a row that are handled at once; sums have so many terms side by side, on every processor.

@@ -72,6 +72,12 @@ int64_t padded(int64_t hidden) { return (hidden + BLOCK - 1) / BLOCK * BLOCK; }
 int64_t ceil_divide(int64_t numerator, int64_t denominator) { return (numerator + denominator - 1) / denominator; }
 int64_t at_least(int64_t least, int64_t value) { return value < least ? least : value; }
 
+void fill_with_ones(float *row, int64_t count) {
+    for (int64_t index = 0; index < count; ++index) {
+        row[index] = 1.0f;
+    }
+}
+
 struct ForwardRun {
     const Forward &call;
     const Scratch &scratch;
@@ -83,6 +89,38 @@ void forward_item(const void *context, int64_t item, int64_t worker) {
     auto &run = *static_cast<const ForwardRun *>(context);
     int64_t first = item * run.rows_per_item, last = first + run.rows_per_item;
     run.level->forward(run.call, run.scratch, first, last < run.call.rows ? last : run.call.rows, worker);
+}
+
+// Parts that the rows are dealt to in the backward pass, whatever the number of threads: each has partial sums of its own.
+constexpr int64_t MOST_PARTS = 128, ROWS_PER_PART = 16, COLUMNS_PER_ITEM = 1024;
+
+struct BackwardRun {
+    const Backward &call;
+    const Scratch &scratch;
+    const Level *level;
+    int64_t parts, rows_per_part;
+};
+
+void backward_item(const void *context, int64_t item, int64_t worker) {
+    auto &run = *static_cast<const BackwardRun *>(context);
+    int64_t first = item * run.rows_per_part, last = first + run.rows_per_part;
+    run.level->backward(run.call, run.scratch, item, first, last < run.call.rows ? last : run.call.rows, worker);
+}
+
+void total_item(const void *context, int64_t item, int64_t) {
+    auto &run = *static_cast<const BackwardRun *>(context);
+    const Backward &call = run.call;
+    int64_t first = item * COLUMNS_PER_ITEM, last = first + COLUMNS_PER_ITEM;
+    last = last < call.hidden ? last : call.hidden;
+    auto total = [&](float *partial, int64_t dtype, void *out) {
+        run.level->total(partial, run.parts, run.scratch.padded, first, last, is_split(call), dtype, out);
+    };
+    if (call.dweight) {
+        total(run.scratch.partial_dweight, call.dweight_dtype, call.dweight);
+    }
+    if (call.dbias) {
+        total(run.scratch.partial_dbias, call.dbias_dtype, call.dbias);
+    }
 }
 
 // Parameters of y's dtype are read as they are, others in float32.
@@ -97,9 +135,7 @@ void widen_parameters(const Forward &call, const Level *level, Scratch &scratch,
     if (call.weight) {
         level->widen(call.weight, call.weight_dtype, is_split(call), call.hidden, call.weight_offset, scratch.weight);
     } else {
-        for (int64_t index = 0; index < scratch.padded; ++index) {
-            scratch.weight[index] = 1.0f;
-        }
+        fill_with_ones(scratch.weight, scratch.padded);
     }
     if (call.bias) {
         scratch.bias = memory + scratch.padded;
@@ -141,4 +177,35 @@ EXPORTED int normkit_forward(const Forward *arguments) {
     run_items(forward_item, &run, ceil_divide(call.rows, rows_per_item), threads, call.gomp_parallel);
     return DONE;
 }
-EXPORTED int normkit_backward(const Backward *) { return 0; }
+EXPORTED int normkit_backward(const Backward *arguments) {
+    const Backward &call = *arguments;
+    const Level *level = chosen(call.level);
+    if (!level) {
+        return NO_LEVEL;
+    }
+    int64_t rows_per_part = at_least(ROWS_PER_PART, ceil_divide(call.rows, MOST_PARTS));
+    // one part without rows makes the sums zero
+    int64_t parts = at_least(1, ceil_divide(call.rows, rows_per_part));
+    int64_t threads = call.rows * call.hidden < ALONE ? 1 : at_least(1, call.threads < parts ? call.threads : parts);
+    int64_t sums = (call.dweight ? parts : 0) + (call.dbias ? parts : 0);
+    Scratch scratch{};
+    scratch.padded = padded(call.hidden);
+    scratch.rows = memory.floats((threads * ROWS_PER_WORKER + 1 + sums) * scratch.padded);
+    if (!scratch.rows) {
+        return NO_MEMORY;
+    }
+    scratch.weight = scratch.row(threads, 0);
+    if (call.weight) {
+        level->widen(call.weight, call.weight_dtype, is_split(call), call.hidden, call.weight_offset, scratch.weight);
+    } else {
+        fill_with_ones(scratch.weight, scratch.padded);
+    }
+    scratch.partial_dweight = scratch.weight + scratch.padded;
+    scratch.partial_dbias = scratch.partial_dweight + (call.dweight ? parts : 0) * scratch.padded;
+    BackwardRun run{call, scratch, level, parts, rows_per_part};
+    run_items(backward_item, &run, parts, threads, call.gomp_parallel);
+    if (sums) {
+        run_items(total_item, &run, ceil_divide(call.hidden, COLUMNS_PER_ITEM), threads, call.gomp_parallel);
+    }
+    return DONE;
+}

@@ -9,7 +9,7 @@ from functools import cache
 from struct import Struct
 from typing import NamedTuple
 
-from ..interface import Rejected, Wanted
+from ..interface import Rejected
 from ..spec import Problem
 from .build import LIBRARY
 
@@ -96,6 +96,36 @@ def forward(
         spec.kind == "layer", _ROUNDINGS[spec.rounding], threads, level, gomp_parallel,
     )  # fmt: skip
     _check(_loaded().forward(arguments))
+
+
+def backward(
+    problem: Problem,
+    pointers: tuple[int, int, int, int, int, int, int, int, int, int],
+    rows: tuple[int, ...],
+    inner_rows: int,
+    threads: int,
+    gomp_parallel: int = 0,
+    level: int = FASTEST,
+) -> None:
+    """Run the backward kernels.
+
+    Args:
+        problem: the call.
+        pointers: of dy, dresidual_out, h, weight, mean, rstd, dx, dresidual, dweight and dbias; 0 for what there is not.
+        rows: outer and inner stride of dy, dresidual_out and h, in elements; see `normkit.layout`.
+        inner_rows: rows of the inner loop.
+        threads: the most to use.
+        gomp_parallel: as in `forward`.
+        level: of instructions.
+    """
+    spec = problem.spec
+    arguments = _BACKWARD(
+        *pointers, *rows, problem.rows, inner_rows, problem.hidden_size, spec.weight_offset,
+        _CODES[problem.out_dtype], _CODES[problem.h_dtype], _CODES[problem.weight_dtype],
+        _CODES[problem.x_dtype], _CODES[problem.residual_dtype], _CODES[problem.weight_dtype], _CODES[problem.bias_dtype],
+        threads, level, gomp_parallel,
+    )  # fmt: skip
+    _check(_loaded().backward(arguments))
 
 
 def _loaded() -> Library:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `cpu` implementation for NumPy arrays."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..arrays import numpy_dtype
+from ..interface import Forward, Gradients, Wanted
+from ..layout import row_layout
+from ..spec import Problem
+from . import library
+from .library import supports
+
+__all__ = ["backward", "forward", "forward_", "supports"]
+
+NumpyArray = np.ndarray[Any, Any]
+
+
+@cache
+def threads() -> int:
+    """Return how many threads to use: as many as there are processors for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def forward(
+    problem: Problem, x: NumpyArray, residual: NumpyArray | None, weight: NumpyArray | None, bias: NumpyArray | None
+) -> Forward:
+    """Compute y, residual_out and, if a backward may follow, the statistics."""
+    statistics = "float32" if problem.needs_grad else None
+    out = Forward(
+        np.empty(problem.shape, numpy_dtype(problem.out_dtype)),
+        _new(problem.shape, problem.residual_out_dtype),
+        _new(problem.shape[:-1], statistics if problem.spec.subtract_mean else None),
+        _new(problem.shape[:-1], statistics),
+    )
+    (x, residual), inner_rows, rows = _laid_out(problem, x, residual)
+    rows += (inner_rows * problem.hidden_size, problem.hidden_size) * 2
+    _forward(problem, (x, residual, _plain(weight), _plain(bias)), out, rows, inner_rows)
+    return out
+
+
+def forward_(
+    problem: Problem, x: NumpyArray, residual: NumpyArray, weight: NumpyArray | None, bias: NumpyArray | None
+) -> None:
+    """Write y into x and residual_out into residual."""
+    given, inner_rows, rows = _laid_out(problem, x, residual)
+    if given[0] is not x or given[1] is not residual:
+        y, residual_out, _, _ = forward(problem, x, residual, weight, bias)
+        x[...], residual[...] = y, residual_out
+        return
+    _forward(problem, (x, residual, _plain(weight), _plain(bias)), Forward(x, residual, None, None), rows * 2, inner_rows)
+
+
+def _forward(
+    problem: Problem, given: tuple[NumpyArray | None, ...], out: Forward, rows: tuple[int, ...], inner_rows: int
+) -> None:
+    x, residual, weight, bias, y, residual_out, mean, rstd = (0 if one is None else one.ctypes.data for one in (*given, *out))
+    library.forward(problem, (x, residual, weight, bias, y, residual_out, mean, rstd), rows, inner_rows, threads())
+
+
+def backward(
+    problem: Problem,
+    wanted: Wanted,
+    dy: NumpyArray,
+    dresidual_out: NumpyArray | None,
+    h: NumpyArray,
+    weight: NumpyArray | None,
+    mean: NumpyArray | None,
+    rstd: NumpyArray,
+) -> Gradients:
+    """Compute the gradients, dweight and dbias by partial sums over a fixed division of the rows."""
+    hidden = problem.shape[-1:]
+    gradients = Gradients(
+        _new(problem.shape, problem.x_dtype if wanted.dx else None),
+        _new(problem.shape, problem.residual_dtype if wanted.dresidual else None),
+        _new(hidden, problem.weight_dtype if wanted.dweight else None),
+        _new(hidden, problem.bias_dtype if wanted.dbias else None),
+    )
+    rows_given, inner_rows, rows = _laid_out(problem, dy, dresidual_out, h)
+    given = (*rows_given, _plain(weight), _plain(mean), _plain(rstd))
+    pointers = tuple(0 if one is None else one.ctypes.data for one in given + gradients)
+    library.backward(problem, pointers, rows, inner_rows, threads())
+    return gradients
+
+
+def _new(shape: tuple[int, ...], dtype: str | None) -> NumpyArray | None:
+    return None if dtype is None else np.empty(shape, numpy_dtype(dtype))
+
+
+def _plain(array: NumpyArray | None) -> NumpyArray | None:
+    """Return the array contiguous and in the processor's byte order: itself or a copy."""
+    return None if array is None else np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+
+
+def _laid_out(problem: Problem, *arrays: NumpyArray | None) -> tuple[tuple[Any, ...], int, tuple[int, ...]]:
+    """Return the arrays, those copied whose rows two loops do not reach, inner_rows, and the strides of each one's rows."""
+    hidden = problem.shape[-1]
+    if all(array is None or (array.flags.c_contiguous and array.dtype.isnative) for array in arrays):
+        return arrays, 1, (hidden, 0) * len(arrays)
+    there = [array if _has_whole_strides(array) else _plain(array) for array in arrays if array is not None]
+    layout = row_layout(problem.shape, [[step // array.itemsize for step in array.strides] for array in there if array is not None])
+    found = iter(zip(there, layout.strides, strict=True))
+    rows: tuple[int, ...] = ()
+    reached: list[NumpyArray | None] = []
+    for given in arrays:
+        array, own = (None, None) if given is None else next(found)
+        reached.append(_plain(array) if own is None else array)
+        rows += own or (layout.inner_rows * hidden, hidden)
+    return tuple(reached), layout.inner_rows, rows
+
+
+def _has_whole_strides(array: NumpyArray) -> bool:
+    return array.dtype.isnative and all(step % array.itemsize == 0 for step in array.strides)
