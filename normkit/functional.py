@@ -205,7 +205,7 @@ def explain(function: str, x: Array, *arrays: Array | None, **options: Any) -> l
     Example:
         >>> import numpy as np
         >>> [(verdict.name, verdict.accepted) for verdict in explain("rms_norm", np.ones((2, 8), np.float32))]
-        [('ipex', False), ('vllm', False), ('reference', True)]
+        [('ipex', False), ('vllm', False), ('cpu', True), ('reference', True)]
     """
     front_end = _FRONT_ENDS.get(framework_of(x) or "")
     if front_end:

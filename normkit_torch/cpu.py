@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ def _forward(
     problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
 ) -> None:
     y, residual_out, mean, rstd = out
+    rows: tuple[int, ...]
     hidden = problem.shape[-1]
     inner_rows, rows = 1, (hidden, 0) * 4
     if problem.layout != "contiguous":
@@ -73,12 +75,12 @@ def _forward(
     library.forward(problem, pointers, rows, inner_rows, torch.get_num_threads(), _GOMP_PARALLEL)
 
 
-def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Tensor | None], int, tuple[int, ...]]:
+def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Any], int, tuple[int, ...]]:
     """Return the tensors, those copied whose rows two loops do not reach, inner_rows, and the strides of each one's rows."""
     layout = row_layout(problem.shape, [tensor.stride() for tensor in tensors if tensor is not None])
     found = iter(layout.strides)
     rows: tuple[int, ...] = ()
-    reached: list[Tensor | None] = []
+    reached: list[Any] = []
     for tensor in tensors:
         own = None if tensor is None else next(found)
         reached.append(tensor if own is not None or tensor is None else tensor.contiguous())
@@ -94,7 +96,7 @@ def backward(
     h: Tensor,
     weight: Tensor | None,
     mean: Tensor | None,
-    rstd: Tensor,
+    rstd: Tensor | None,
 ) -> Gradients:
     """Compute the gradients, dweight and dbias by partial sums over a fixed division of the rows."""
     shape, hidden = problem.shape, problem.shape[-1:]
@@ -104,6 +106,7 @@ def backward(
         _new(hidden, problem.weight_dtype if wanted.dweight else None),
         _new(hidden, problem.bias_dtype if wanted.dbias else None),
     )
+    rows: tuple[int, ...]
     inner_rows, rows = 1, (problem.hidden_size, 0) * 3
     if problem.layout != "contiguous":
         (dy, dresidual_out, h), inner_rows, rows = _laid_out(problem, dy, dresidual_out, h)

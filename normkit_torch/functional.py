@@ -252,7 +252,7 @@ def explain(function: str, x: Tensor, *arrays: Tensor | None, **options: Any) ->
         >>> import torch
         >>> for verdict in explain("rms_norm", torch.ones(2, 8))[-2:]:
         ...     print(verdict.name, verdict.accepted, verdict.reason)
-        triton False Triton runs on cuda, rocm, xpu, not on cpu
+        cpu True computes this on cpu
         reference True computes this on cpu
     """
     call = bind(globals(), function, x, *arrays, **options)

@@ -67,7 +67,7 @@ def supports(problem: Problem) -> Rejected | None:
 
 def forward(
     problem: Problem,
-    pointers: tuple[int, int, int, int, int, int, int, int],
+    pointers: tuple[int, ...],
     rows: tuple[int, ...],
     inner_rows: int,
     threads: int,
@@ -100,7 +100,7 @@ def forward(
 
 def backward(
     problem: Problem,
-    pointers: tuple[int, int, int, int, int, int, int, int, int, int],
+    pointers: tuple[int, ...],
     rows: tuple[int, ...],
     inner_rows: int,
     threads: int,

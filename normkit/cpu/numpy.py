@@ -44,9 +44,7 @@ def forward(
     return out
 
 
-def forward_(
-    problem: Problem, x: NumpyArray, residual: NumpyArray, weight: NumpyArray | None, bias: NumpyArray | None
-) -> None:
+def forward_(problem: Problem, x: NumpyArray, residual: NumpyArray, weight: NumpyArray | None, bias: NumpyArray | None) -> None:
     """Write y into x and residual_out into residual."""
     given, inner_rows, rows = _laid_out(problem, x, residual)
     if given[0] is not x or given[1] is not residual:
@@ -71,7 +69,7 @@ def backward(
     h: NumpyArray,
     weight: NumpyArray | None,
     mean: NumpyArray | None,
-    rstd: NumpyArray,
+    rstd: NumpyArray | None,
 ) -> Gradients:
     """Compute the gradients, dweight and dbias by partial sums over a fixed division of the rows."""
     hidden = problem.shape[-1:]
@@ -103,7 +101,9 @@ def _laid_out(problem: Problem, *arrays: NumpyArray | None) -> tuple[tuple[Any, 
     if all(array is None or (array.flags.c_contiguous and array.dtype.isnative) for array in arrays):
         return arrays, 1, (hidden, 0) * len(arrays)
     there = [array if _has_whole_strides(array) else _plain(array) for array in arrays if array is not None]
-    layout = row_layout(problem.shape, [[step // array.itemsize for step in array.strides] for array in there if array is not None])
+    layout = row_layout(
+        problem.shape, [[step // array.itemsize for step in array.strides] for array in there if array is not None]
+    )
     found = iter(zip(there, layout.strides, strict=True))
     rows: tuple[int, ...] = ()
     reached: list[NumpyArray | None] = []
