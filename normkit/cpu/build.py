@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIBRARY = HERE / ("_kernels.dll" if os.name == "nt" else "_kernels.so")
+# not with the suffix of an extension module, which it is not
+LIBRARY = HERE / "_kernels.lib"
 
 # A product and a sum never become one operation that rounds once, so that every level has the same bits.
 _FLAGS = (
