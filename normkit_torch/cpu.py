@@ -20,13 +20,15 @@ __all__ = ["backward", "forward", "forward_", "supports"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _gomp_parallel() -> int:
-    """Return the address of GNU OpenMP's function in this process, whose threads torch uses too; 0 if it is another OpenMP."""
-    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+def _openmp() -> tuple[int, int]:
+    """Return the addresses of GNU OpenMP's functions in this process, whose threads torch uses too; 0 if it is another OpenMP."""
+    process = ctypes.CDLL(None)
+    functions = [getattr(process, name, None) for name in ("GOMP_parallel", "omp_get_thread_num")]
+    parallel, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 if function else 0 for function in functions)
+    return parallel, number
 
 
-_GOMP_PARALLEL = _gomp_parallel()
+_OPENMP = _openmp()
 
 
 def forward(problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Forward:
@@ -72,7 +74,7 @@ def _forward(
         0 if mean is None else mean.data_ptr(),
         0 if rstd is None else rstd.data_ptr(),
     )
-    library.forward(problem, pointers, rows, inner_rows, torch.get_num_threads(), _GOMP_PARALLEL)
+    library.forward(problem, pointers, rows, inner_rows, torch.get_num_threads(), _OPENMP)
 
 
 def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Any], int, tuple[int, ...]]:
@@ -113,7 +115,7 @@ def backward(
     # kept here, so that a copy lives as long as the call
     given = (dy, dresidual_out, h, *(None if tensor is None else tensor.contiguous() for tensor in (weight, mean, rstd)))
     pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in given + gradients)
-    library.backward(problem, pointers, rows, inner_rows, torch.get_num_threads(), _GOMP_PARALLEL)
+    library.backward(problem, pointers, rows, inner_rows, torch.get_num_threads(), _OPENMP)
     return gradients
 
 

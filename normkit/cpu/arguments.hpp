@@ -8,6 +8,11 @@ struct Rows {
     int64_t outer, inner;
 };
 
+// GNU OpenMP's GOMP_parallel and omp_get_thread_num, whose threads the caller's framework uses, or null.
+struct OpenMP {
+    void *parallel, *thread_number;
+};
+
 // Null pointers for arrays that there are not.
 struct Forward {
     const void *x, *residual, *weight, *bias;
@@ -18,7 +23,7 @@ struct Forward {
     double eps, weight_offset;
     int64_t x_dtype, residual_dtype, weight_dtype, bias_dtype, y_dtype, residual_out_dtype;
     int64_t subtract_mean, rounding, threads, level;
-    void *gomp_parallel;
+    OpenMP openmp;
 };
 
 // The statistics are of h as it is given; dx and dresidual, of shape (rows, hidden), are contiguous.
@@ -31,7 +36,7 @@ struct Backward {
     double weight_offset;
     int64_t dy_dtype, h_dtype, weight_dtype, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype;
     int64_t threads, level;
-    void *gomp_parallel;
+    OpenMP openmp;
 };
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };

@@ -174,7 +174,7 @@ EXPORTED int normkit_forward(const Forward *arguments) {
     }
     int64_t rows_per_item = at_least(ceil_divide(SMALLEST_ITEM, call.hidden), call.rows / (threads * ITEMS_PER_THREAD));
     ForwardRun run{call, scratch, level, rows_per_item};
-    run_items(forward_item, &run, ceil_divide(call.rows, rows_per_item), threads, call.gomp_parallel);
+    run_items(forward_item, &run, ceil_divide(call.rows, rows_per_item), threads, call.openmp);
     return DONE;
 }
 EXPORTED int normkit_backward(const Backward *arguments) {
@@ -203,9 +203,9 @@ EXPORTED int normkit_backward(const Backward *arguments) {
     scratch.partial_dweight = scratch.weight + scratch.padded;
     scratch.partial_dbias = scratch.partial_dweight + (call.dweight ? parts : 0) * scratch.padded;
     BackwardRun run{call, scratch, level, parts, rows_per_part};
-    run_items(backward_item, &run, parts, threads, call.gomp_parallel);
+    run_items(backward_item, &run, parts, threads, call.openmp);
     if (sums) {
-        run_items(total_item, &run, ceil_divide(call.hidden, COLUMNS_PER_ITEM), threads, call.gomp_parallel);
+        run_items(total_item, &run, ceil_divide(call.hidden, COLUMNS_PER_ITEM), threads, call.openmp);
     }
     return DONE;
 }

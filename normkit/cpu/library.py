@@ -16,11 +16,13 @@ from .build import LIBRARY
 FASTEST = -1
 """The level to ask for: the fastest that the processor has; others are the bits of `Library.levels`, from 0."""
 
+OWN_THREADS = (0, 0)
+
 _CODES = {None: 0, "float32": 0, "bfloat16": 1, "float16": 2}
 _ROUNDINGS = {None: 0, "sum": 0, "stored": 1, "hf": 2}
 # the fields of the structs of arguments.hpp
-_FORWARD = Struct("=16q 3q 2d 6q 5q").pack
-_BACKWARD = Struct("=16q 3q d 7q 3q").pack
+_FORWARD = Struct("=16q 3q 2d 6q 6q").pack
+_BACKWARD = Struct("=16q 3q d 7q 4q").pack
 
 
 class Library(NamedTuple):
@@ -71,7 +73,7 @@ def forward(
     rows: tuple[int, ...],
     inner_rows: int,
     threads: int,
-    gomp_parallel: int = 0,
+    openmp: tuple[int, int] = OWN_THREADS,
     level: int = FASTEST,
 ) -> None:
     """Run the forward kernels.
@@ -82,7 +84,7 @@ def forward(
         rows: outer and inner stride of x, residual, y and residual_out, in elements; see `normkit.layout`.
         inner_rows: rows of the inner loop.
         threads: the most to use.
-        gomp_parallel: address of GNU OpenMP's function whose threads to use; 0 for threads of our own.
+        openmp: addresses of GNU OpenMP's GOMP_parallel and omp_get_thread_num, to use its threads; 0 for threads of our own.
         level: of instructions.
     """
     spec, shape = problem.spec, problem.shape
@@ -93,7 +95,7 @@ def forward(
         *pointers, *rows, count, inner_rows, hidden, spec.eps, spec.weight_offset,
         _CODES[problem.x_dtype], _CODES[problem.residual_dtype], _CODES[problem.weight_dtype], _CODES[problem.bias_dtype],
         _CODES[problem.out_dtype], _CODES[problem.residual_out_dtype],
-        spec.kind == "layer", _ROUNDINGS[spec.rounding], threads, level, gomp_parallel,
+        spec.kind == "layer", _ROUNDINGS[spec.rounding], threads, level, *openmp,
     )  # fmt: skip
     _check(_loaded().forward(arguments))
 
@@ -104,7 +106,7 @@ def backward(
     rows: tuple[int, ...],
     inner_rows: int,
     threads: int,
-    gomp_parallel: int = 0,
+    openmp: tuple[int, int] = OWN_THREADS,
     level: int = FASTEST,
 ) -> None:
     """Run the backward kernels.
@@ -115,7 +117,7 @@ def backward(
         rows: outer and inner stride of dy, dresidual_out and h, in elements; see `normkit.layout`.
         inner_rows: rows of the inner loop.
         threads: the most to use.
-        gomp_parallel: as in `forward`.
+        openmp: as in `forward`.
         level: of instructions.
     """
     spec = problem.spec
@@ -123,7 +125,7 @@ def backward(
         *pointers, *rows, problem.rows, inner_rows, problem.hidden_size, spec.weight_offset,
         _CODES[problem.out_dtype], _CODES[problem.h_dtype], _CODES[problem.weight_dtype],
         _CODES[problem.x_dtype], _CODES[problem.residual_dtype], _CODES[problem.weight_dtype], _CODES[problem.bias_dtype],
-        threads, level, gomp_parallel,
+        threads, level, *openmp,
     )  # fmt: skip
     _check(_loaded().backward(arguments))
 

@@ -14,25 +14,28 @@
 
 namespace {
 
-// Items are taken one by one, so that a thread that comes late or is interrupted delays nobody.
+// The items that one thread takes first: the same ones at every call of the same size, which are then still in its caches. Then
+// it takes from the others, so that a thread that comes late or is interrupted delays nobody.
+struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+
 struct Job {
     Work work;
     const void *context;
-    int64_t items, threads;
-    std::atomic<int64_t> next{0}, workers{0};
+    int64_t threads;
+    Share *shares;
 
-    void take() {
-        int64_t worker = workers.fetch_add(1);
-        if (worker >= threads) {
-            return;
-        }
-        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-            work(context, item, worker);
+    void take(int64_t worker) const {
+        for (int64_t turn = 0; turn < threads && worker < threads; ++turn) {
+            Share &share = shares[(worker + turn) % threads];
+            for (int64_t item; (item = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+                work(context, item, worker);
+            }
         }
     }
 };
-
-void take(void *job) { static_cast<Job *>(job)->take(); }
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -56,10 +59,10 @@ constexpr int64_t CLOSED = int64_t(1) << 32;
 
 class Pool {
   public:
-    void run(Job &job) {
+    void run(const Job &job) {
         std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
         if (!only.owns_lock() || process() != process_) {
-            job.take();
+            job.take(0);
             return;
         }
         grow(job.threads - 1);
@@ -72,7 +75,7 @@ class Pool {
         if (asleep_.load() > 0) {
             wake_.notify_all();
         }
-        job.take();
+        job.take(0);
         entered_.fetch_or(CLOSED);
         while (entered_.load() != CLOSED) {
             relax();
@@ -83,7 +86,7 @@ class Pool {
     void grow(int64_t threads) {
         while (int64_t(threads_.size()) < threads) {
             try {
-                threads_.emplace_back([this, seen = epoch_.load()] { serve(seen); });
+                threads_.emplace_back([this, worker = int64_t(threads_.size()) + 1, seen = epoch_.load()] { serve(worker, seen); });
             } catch (...) {
                 return;
             }
@@ -91,11 +94,11 @@ class Pool {
         }
     }
 
-    void serve(int64_t seen) {
+    void serve(int64_t worker, int64_t seen) {
         for (;;) {
             seen = wait_after(seen);
             if (entered_.fetch_add(1) < CLOSED) {
-                job_.load()->take();
+                job_.load()->take(worker);
             }
             entered_.fetch_sub(1);
         }
@@ -120,7 +123,7 @@ class Pool {
     std::mutex busy_, mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> threads_;
-    std::atomic<Job *> job_{nullptr};
+    std::atomic<const Job *> job_{nullptr};
     std::atomic<int64_t> epoch_{0}, entered_{CLOSED}, asleep_{0};
     long process_ = process();
 };
@@ -140,18 +143,41 @@ Pool *pool() {
     return current.load();
 }
 
+// What GNU OpenMP runs in every thread of its team.
+struct Team {
+    const Job &job;
+    int (*number)();
+};
+
+void take_in_team(void *team) {
+    auto &own = *static_cast<const Team *>(team);
+    own.job.take(own.number());
+}
+
 }  // namespace
 
-void run_items(Work work, const void *context, int64_t items, int64_t threads, void *gomp_parallel) {
-    Job job{work, context, items, threads < items ? threads : items};
-    if (job.threads <= 1) {
-        job.take();
-    } else if (gomp_parallel) {
+void run_items(Work work, const void *context, int64_t items, int64_t threads, const OpenMP &openmp) {
+    threads = threads < items ? threads : items;
+    threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+    if (threads <= 1) {
+        for (int64_t item = 0; item < items; ++item) {
+            work(context, item, 0);
+        }
+        return;
+    }
+    Share shares[MOST_THREADS];
+    for (int64_t worker = 0; worker < threads; ++worker) {
+        shares[worker].next.store(items * worker / threads, std::memory_order_relaxed);
+        shares[worker].end = items * (worker + 1) / threads;
+    }
+    Job job{work, context, threads, shares};
+    if (openmp.parallel && openmp.thread_number) {
         typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
-        reinterpret_cast<Parallel>(gomp_parallel)(take, &job, unsigned(job.threads), 0);
-    } else if (Pool *threads_of_our_own = pool()) {
-        threads_of_our_own->run(job);
+        Team team{job, reinterpret_cast<int (*)()>(openmp.thread_number)};
+        reinterpret_cast<Parallel>(openmp.parallel)(take_in_team, &team, unsigned(threads), 0);
+    } else if (Pool *own = pool()) {
+        own->run(job);
     } else {
-        job.take();
+        job.take(0);
     }
 }
