@@ -52,16 +52,28 @@ static inline bool is_split(const Backward &call) {
     return call.dy_dtype == BFLOAT16 && call.h_dtype == BFLOAT16 && (!call.dx || call.dx_dtype == BFLOAT16) && !call.dresidual;
 }
 
-constexpr int64_t ROWS_PER_WORKER = 3;
-
 // What a call needs besides, from the thread that calls: memory for every worker, and parameters in float32.
 struct Scratch {
-    float *rows;     // ROWS_PER_WORKER rows for each worker
-    int64_t padded;  // hidden up to a whole number of blocks: the stride of all these rows
+    float *rows;              // rows_per_worker for each worker
+    int64_t rows_per_worker;  // a batch, and two more
+    int64_t batch;            // rows that are computed together
+    int64_t padded;           // hidden up to a whole number of blocks: the stride of all these rows
     float *weight, *bias;
     float *partial_dweight, *partial_dbias;
 
-    float *row(int64_t worker, int64_t index) const { return rows + (worker * ROWS_PER_WORKER + index) * padded; }
+    float *row(int64_t worker, int64_t index) const { return rows + (worker * rows_per_worker + index) * padded; }
+};
+
+struct Statistics {
+    float mean, rstd;
+};
+
+// One pass over some elements of a row that threads share.
+enum class Pass { ADD, SQUARES, NORMALISE, ROUNDED_SUM, ROUNDED_SQUARES };
+struct Slice {
+    Pass pass;
+    int64_t row, first, last;
+    Statistics statistics;
 };
 
 // The rows of one kind of processor; every level computes the same bits.
@@ -69,11 +81,38 @@ struct Level {
     // Write offset + values as float32, in the order of split rows if asked.
     void (*widen)(const void *values, int64_t dtype, bool split, int64_t count, double offset, float *out);
     void (*forward)(const Forward &, const Scratch &, int64_t first, int64_t last, int64_t worker);
+    // The sum that the pass makes.
+    double (*forward_slice)(const Forward &, const Scratch &, const Slice &);
     // One part of the rows: dx, dresidual, and its own row of the partial sums.
     void (*backward)(const Backward &, const Scratch &, int64_t part, int64_t first, int64_t last, int64_t worker);
     // The partial sums of the columns from first to last, as dtype; the first part's are lost.
     void (*total)(float *partial, int64_t parts, int64_t padded, int64_t first, int64_t last, bool split, int64_t dtype, void *out);
 };
 
+constexpr int64_t MOST_IN_BATCH = 16;
+
 // Elements of a row that are handled at once; sums have so many terms side by side, on every processor.
 constexpr int64_t BLOCK = 32;
+
+// Longer sums are made of parts of this length, which are added up in float64: so a row can be dealt to threads.
+constexpr int64_t SUM_LENGTH = 8192;
+
+inline float mean_of(double sum, const Forward &call) { return float(sum * (1.0 / double(call.hidden))); }
+
+inline float rstd_of(double sum_of_squares, const Forward &call) {
+    return 1.0f / __builtin_sqrtf(float(sum_of_squares * (1.0 / double(call.hidden))) + float(call.eps));
+}
+
+// The backward pass has the rounded h, and needs the statistics of just that.
+inline bool statistics_of_rounded(const Forward &call) {
+    return call.rstd && call.residual_out && call.residual_out_dtype != FLOAT32 && call.rounding == SUM;
+}
+
+inline void keep(const Forward &call, int64_t row, Statistics statistics) {
+    if (call.mean) {
+        call.mean[row] = statistics.mean;
+    }
+    if (call.rstd) {
+        call.rstd[row] = statistics.rstd;
+    }
+}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward pass of one row in two passes over it: two sums and its terms of dweight and dbias; dx and dresidual.
 #pragma once
-#include "forward.hpp"
+#include "row.hpp"
 
 namespace {
 
@@ -104,8 +104,7 @@ void backward_rows(const Backward &call, const Scratch &scratch, int64_t part, i
     const Gradient dresidual_row = gradient_for(reading, call.dresidual_dtype, call.dresidual_out);
     auto read_row = [&](const void *array, Rows rows, int64_t row, int64_t dtype, int64_t index) {
         auto own = row_of(array, rows, row, call.inner_rows, dtype);
-        bool as_it_is = reading != Reading::FLOAT32 || dtype == FLOAT32 || !own;
-        return as_it_is ? own : widened(own, dtype, hidden, scratch.row(worker, index));
+        return reading != Reading::FLOAT32 ? own : widened(own, dtype, hidden, scratch.row(worker, index));
     };
     for (int64_t row = first; row < last; ++row) {
         auto dy = read_row(call.dy, call.dy_rows, row, call.dy_dtype, 0);

@@ -66,19 +66,24 @@ using Choice = typename Chosen<CONDITION, Yes, No>::Type;
 
 constexpr int64_t CACHE_LINE = 64;
 
-// `ahead` are rows that are needed next: fetched from memory meanwhile, as if they were of y's dtype.
-// y = x_hat weight + bias, with x_hat rounded to Hat.
+// Rows that are needed next.
+struct Ahead {
+    const void *x, *residual;
+};
+
+// y = x_hat weight + bias, with x_hat rounded to Hat. Rows of 16 bits are fetched ahead from memory meanwhile; for float32, where
+// there is less to compute, the processor does that as well by itself.
 template <class Y, class Hat, class Parameter, bool WEIGHT, bool BIAS>
 void normalise(const float *h, const void *weight_row, const void *bias_row, void *y_row, int64_t hidden, float mean, float rstd,
-               const void *const *ahead) {
+               const Ahead &ahead) {
     auto weight = static_cast<const typename Parameter::Memory *>(weight_row);
     auto bias = static_cast<const typename Parameter::Memory *>(bias_row);
     auto y = static_cast<typename Y::Memory *>(y_row);
     typedef Choice<same<Y, Split>, Wide, Float32> H;
     by_pairs(hidden, [&](int64_t start, int pair, auto at) INLINED {
-        if (pair * IN_PAIR * sizeof *y % CACHE_LINE == 0) {
-            __builtin_prefetch(static_cast<const char *>(ahead[0]) + (start + pair * IN_PAIR) * sizeof *y);
-            __builtin_prefetch(static_cast<const char *>(ahead[1]) + (start + pair * IN_PAIR) * sizeof *y);
+        if (sizeof *y == 2 && pair * IN_PAIR * sizeof *y % CACHE_LINE == 0) {
+            __builtin_prefetch(static_cast<const char *>(ahead.x) + (start + pair * IN_PAIR) * sizeof *y);
+            __builtin_prefetch(static_cast<const char *>(ahead.residual) + (start + pair * IN_PAIR) * sizeof *y);
         }
         Pair value = (load<H>(h + start, pair, at) - mean) * rstd;
         if constexpr (!same<Hat, Float32>) {
@@ -97,7 +102,7 @@ void normalise(const float *h, const void *weight_row, const void *bias_row, voi
 typedef double (*Add)(const void *, const void *, void *, float *, int64_t);
 typedef double (*Sum)(const void *, int64_t);
 typedef double (*SumOfSquares)(const void *, int64_t, float);
-typedef void (*Normalise)(const float *, const void *, const void *, void *, int64_t, float, float, const void *const *);
+typedef void (*Normalise)(const float *, const void *, const void *, void *, int64_t, float, float, const Ahead &);
 
 template <class Function>
 ALWAYS auto with_dtype(int64_t dtype, Function function) {
@@ -204,84 +209,6 @@ Normalise normalise_for(const Forward &call, bool wide_parameters, bool weight, 
             return normalise_of<Y, Hat, Float32>(weight, bias);
         });
     });
-}
-
-ALWAYS int64_t element(Rows rows, int64_t row, int64_t inner_rows) {
-    return inner_rows == 1 ? row * rows.outer : row / inner_rows * rows.outer + row % inner_rows * rows.inner;
-}
-
-ALWAYS int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
-template <class Pointer>
-ALWAYS Pointer row_of(Pointer array, Rows rows, int64_t row, int64_t inner_rows, int64_t dtype) {
-    typedef decltype(array) Same;
-    return array ? (Same)((char *)array + element(rows, row, inner_rows) * size_of(dtype)) : nullptr;
-}
-
-ALWAYS float reciprocal_root(double sum_of_squares, double one_of_hidden, float eps) {
-    return 1.0f / __builtin_sqrtf(float(sum_of_squares * one_of_hidden) + eps);
-}
-
-// An array's rows in float32, exactly: those of dtypes that `add` does not know side by side.
-const void *widened(const void *row, int64_t dtype, int64_t hidden, float *wide) {
-    widen(row, dtype, false, hidden, 0.0, wide);
-    return wide;
-}
-
-void forward_rows(const Forward &given, const Scratch &scratch, int64_t first, int64_t last, int64_t worker) {
-    Forward call = given;
-    const int64_t hidden = call.hidden, inner_rows = call.inner_rows;
-    const bool keeps_other = call.residual_out && call.residual_out_dtype != FLOAT32;
-    // the backward pass has the rounded h, and needs the statistics of just that
-    const bool statistics_of_rounded = call.rstd && keeps_other && call.rounding == SUM;
-    const bool x_is_h = !call.residual_out && call.x_dtype == FLOAT32, out_is_h = call.residual_out && !keeps_other;
-    const void *weight = scratch.weight ? scratch.weight : call.weight, *bias = scratch.bias ? scratch.bias : call.bias;
-    const Normalise normalise_row = normalise_for(call, scratch.weight || scratch.bias, weight, bias);
-    Add add_row = add_for(call);
-    const bool rare = !add_row, split = is_split(call);
-    if (rare) {
-        call.x_dtype = call.residual_dtype = FLOAT32;
-        add_row = add_for(call);
-    }
-    const double one_of_hidden = 1.0 / double(hidden);
-    const float eps = float(call.eps);
-    float *wide = scratch.row(worker, 0);
-    for (int64_t row = first; row < last; ++row) {
-        auto x = row_of(call.x, call.x_rows, row, inner_rows, given.x_dtype);
-        auto residual = row_of(call.residual, call.residual_rows, row, inner_rows, given.residual_dtype);
-        auto out = row_of(call.residual_out, call.residual_out_rows, row, inner_rows, call.residual_out_dtype);
-        auto y = row_of(call.y, call.y_rows, row, inner_rows, call.y_dtype);
-        if (rare) {
-            x = widened(x, given.x_dtype, hidden, scratch.row(worker, 1));
-            residual = residual ? widened(residual, given.residual_dtype, hidden, scratch.row(worker, 2)) : residual;
-        }
-        double total = add_row(x, residual, out, wide, hidden);
-        auto h = x_is_h ? static_cast<const float *>(x) : out_is_h ? static_cast<const float *>(out) : wide;
-        float mean = 0.0f;
-        if (call.subtract_mean) {
-            mean = float(total * one_of_hidden);
-            total = split ? sum_of_squares<Wide, true>(h, hidden, mean) : sum_of_squares<Float32, false>(h, hidden, mean);
-        }
-        float rstd = reciprocal_root(total, one_of_hidden, eps);
-        int64_t after = row + 1 < last ? row + 1 : row;
-        const void *ahead[] = {row_of(call.x, call.x_rows, after, inner_rows, given.x_dtype), y};
-        if (call.residual) {
-            ahead[1] = row_of(call.residual, call.residual_rows, after, inner_rows, given.residual_dtype);
-        }
-        normalise_row(h, weight, bias, y, hidden, mean, rstd, ahead);
-        if (statistics_of_rounded) {
-            bool brain = call.residual_out_dtype == BFLOAT16;
-            mean = call.subtract_mean ? float((brain ? sum<BFloat16> : sum<Float16>)(out, hidden) * one_of_hidden) : 0.0f;
-            total = (brain ? sum_of_squares<BFloat16, false> : sum_of_squares<Float16, false>)(out, hidden, mean);
-            rstd = reciprocal_root(total, one_of_hidden, eps);
-        }
-        if (call.mean) {
-            call.mean[row] = mean;
-        }
-        if (call.rstd) {
-            call.rstd[row] = rstd;
-        }
-    }
 }
 
 }  // namespace

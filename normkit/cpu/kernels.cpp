@@ -21,6 +21,10 @@ constexpr int LEVELS = 3;
 // Elements below which a second thread costs more than it saves, and elements of the smallest item of work.
 constexpr int64_t ALONE = 12288, SMALLEST_ITEM = 8192;
 constexpr int64_t ITEMS_PER_THREAD = 8;
+// Length from which threads share a row, when there are fewer rows than threads.
+constexpr int64_t SHARED_ROW = 4 * SUM_LENGTH;
+// Elements of the rows that are computed together: few enough for the first cache.
+constexpr int64_t IN_BATCH = 1024;
 
 const Level *level_at(int64_t index) {
 #if defined(NORMKIT_X86)
@@ -72,6 +76,8 @@ int64_t padded(int64_t hidden) { return (hidden + BLOCK - 1) / BLOCK * BLOCK; }
 int64_t ceil_divide(int64_t numerator, int64_t denominator) { return (numerator + denominator - 1) / denominator; }
 int64_t at_least(int64_t least, int64_t value) { return value < least ? least : value; }
 
+int64_t batch_of(int64_t padded) { return padded * MOST_IN_BATCH < IN_BATCH ? MOST_IN_BATCH : at_least(1, IN_BATCH / padded); }
+
 void fill_with_ones(float *row, int64_t count) {
     for (int64_t index = 0; index < count; ++index) {
         row[index] = 1.0f;
@@ -90,6 +96,50 @@ void forward_item(const void *context, int64_t item, int64_t worker) {
     int64_t first = item * run.rows_per_item, last = first + run.rows_per_item;
     run.level->forward(run.call, run.scratch, first, last < run.call.rows ? last : run.call.rows, worker);
 }
+
+// One row that the threads share, slice by slice.
+struct SharedRow {
+    const Forward &call;
+    const Scratch &scratch;
+    const Level *level;
+    int64_t threads, row;
+    double *sums;
+    Pass pass = Pass::ADD;
+    Statistics statistics = {};
+
+    static void item(const void *context, int64_t item, int64_t) {
+        auto &own = *static_cast<const SharedRow *>(context);
+        int64_t first = item * SUM_LENGTH, last = first + SUM_LENGTH;
+        Slice slice{own.pass, own.row, first, last < own.call.hidden ? last : own.call.hidden, own.statistics};
+        own.sums[item] = own.level->forward_slice(own.call, own.scratch, slice);
+    }
+
+    double total(Pass next) {
+        pass = next;
+        int64_t slices = ceil_divide(call.hidden, SUM_LENGTH);
+        run_items(item, this, slices, threads, call.openmp);
+        double total = 0.0;
+        for (int64_t slice = 0; slice < slices; ++slice) {
+            total += sums[slice];
+        }
+        return total;
+    }
+
+    void compute() {
+        double sum = total(Pass::ADD);
+        if (call.subtract_mean) {
+            statistics.mean = mean_of(sum, call);
+            sum = total(Pass::SQUARES);
+        }
+        statistics.rstd = rstd_of(sum, call);
+        total(Pass::NORMALISE);
+        if (statistics_of_rounded(call)) {
+            statistics.mean = call.subtract_mean ? mean_of(total(Pass::ROUNDED_SUM), call) : 0.0f;
+            statistics.rstd = rstd_of(total(Pass::ROUNDED_SQUARES), call);
+        }
+        keep(call, row, statistics);
+    }
+};
 
 // Parts that the rows are dealt to in the backward pass, whatever the number of threads: each has partial sums of its own.
 constexpr int64_t MOST_PARTS = 128, ROWS_PER_PART = 16, COLUMNS_PER_ITEM = 1024;
@@ -160,23 +210,31 @@ EXPORTED int normkit_forward(const Forward *arguments) {
     if (!level) {
         return NO_LEVEL;
     }
-    int64_t threads = call.rows * call.hidden < ALONE ? 1 : at_least(1, call.threads < call.rows ? call.threads : call.rows);
+    int64_t threads = call.rows * call.hidden < ALONE ? 1 : at_least(1, call.threads);
+    bool shared = threads > call.rows && call.hidden >= SHARED_ROW;
+    int64_t workers = shared ? 1 : threads < call.rows ? threads : call.rows;
     Scratch scratch{};
     scratch.padded = padded(call.hidden);
-    scratch.rows = memory.floats((threads * ROWS_PER_WORKER + 2) * scratch.padded);
+    scratch.batch = shared ? 1 : batch_of(scratch.padded);
+    scratch.rows_per_worker = scratch.batch + 2;
+    int64_t floats = (workers * scratch.rows_per_worker + 2) * scratch.padded;
+    scratch.rows = memory.floats(floats + 2 * ceil_divide(call.hidden, SUM_LENGTH));
     if (!scratch.rows) {
         return NO_MEMORY;
     }
-    widen_parameters(call, level, scratch, scratch.row(threads, 0));
-    if (threads == 1) {
-        level->forward(call, scratch, 0, call.rows, 0);
+    widen_parameters(call, level, scratch, scratch.row(workers, 0));
+    if (shared) {
+        for (int64_t row = 0; row < call.rows; ++row) {
+            SharedRow{call, scratch, level, threads, row, reinterpret_cast<double *>(scratch.rows + floats)}.compute();
+        }
         return DONE;
     }
-    int64_t rows_per_item = at_least(ceil_divide(SMALLEST_ITEM, call.hidden), call.rows / (threads * ITEMS_PER_THREAD));
+    int64_t rows_per_item = at_least(ceil_divide(SMALLEST_ITEM, call.hidden), call.rows / (workers * ITEMS_PER_THREAD));
     ForwardRun run{call, scratch, level, rows_per_item};
-    run_items(forward_item, &run, ceil_divide(call.rows, rows_per_item), threads, call.openmp);
+    run_items(forward_item, &run, ceil_divide(call.rows, rows_per_item), workers, call.openmp);
     return DONE;
 }
+
 EXPORTED int normkit_backward(const Backward *arguments) {
     const Backward &call = *arguments;
     const Level *level = chosen(call.level);
@@ -190,7 +248,9 @@ EXPORTED int normkit_backward(const Backward *arguments) {
     int64_t sums = (call.dweight ? parts : 0) + (call.dbias ? parts : 0);
     Scratch scratch{};
     scratch.padded = padded(call.hidden);
-    scratch.rows = memory.floats((threads * ROWS_PER_WORKER + 1 + sums) * scratch.padded);
+    scratch.batch = 1;
+    scratch.rows_per_worker = 3;
+    scratch.rows = memory.floats((threads * scratch.rows_per_worker + 1 + sums) * scratch.padded);
     if (!scratch.rows) {
         return NO_MEMORY;
     }

@@ -71,9 +71,6 @@ struct Sums {
     }
 };
 
-// A longer row is summed in parts of this length, and these in float64.
-constexpr int64_t SUM_LENGTH = 8192;
-
 // Totals over a row of COUNT sums to which body(start, pair, at, sums) adds.
 template <bool SPLIT, int COUNT, class Body>
 ALWAYS void by_sums(int64_t hidden, double (&totals)[COUNT], Body body) {
