@@ -1,56 +1,87 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward pass of one row in two or three passes over it: h and a sum, for LayerNorm the centred squares, y.
+// The forward pass of rows in two or three passes over each: h and a sum, for LayerNorm the centred squares, y.
 #pragma once
 #include "loops.hpp"
 
 namespace {
 
-// h = x + residual into residual_out, and in float32 into `wide`, where neither x nor residual_out is that. The result is the sum
+// Rows of one array, or parts of rows, `step` elements apart.
+struct Lines {
+    const void *first;
+    int64_t step;
+
+    template <class T>
+    ALWAYS typename T::Memory *at(int64_t row) const {
+        return static_cast<typename T::Memory *>(const_cast<void *>(first)) + row * step;
+    }
+};
+
+// Rows that are computed together, pass by pass, because the steps from one pass to the next are a long wait for a short row.
+struct Batch {
+    Lines x, residual, residual_out, y;
+    Lines wide;  // memory for h in float32
+    Lines h;     // where that is in the end
+    const void *weight, *bias;
+    int64_t count, length;
+    double totals[MOST_IN_BATCH];
+    Statistics statistics[MOST_IN_BATCH];
+};
+
+// h = x + residual into residual_out, and in float32 into `wide`, where neither x nor residual_out is that. The totals are the sums
 // of h, or of its squares.
 template <class X, class Residual, class Out, bool STORED, bool SUBTRACT_MEAN>
-double add(const void *x_row, const void *residual_row, void *out_row, float *wide, int64_t hidden) {
-    auto x = static_cast<const typename X::Memory *>(x_row);
-    auto residual = static_cast<const typename Residual::Memory *>(residual_row);
-    auto out = static_cast<typename Out::Memory *>(out_row);
-    double total[1];
-    by_sums<same<X, Split>>(hidden, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
-        Pair h = load<X>(x + start, pair, at);
-        if constexpr (!same<Residual, Nothing>) {
-            h = h + load<Residual>(residual + start, pair, at);
-        }
-        if constexpr (!same<Out, Nothing>) {
-            Pair written = store<Out>(h, out + start, pair, at);
-            if constexpr (STORED) {
-                h = written;
+void add(Batch &batch) {
+    const int64_t count = batch.count, length = batch.length;
+    for (int64_t row = 0; row < count; ++row) {
+        auto x = batch.x.at<X>(row);
+        auto residual = batch.residual.at<Residual>(row);
+        auto out = batch.residual_out.at<Out>(row);
+        auto wide = batch.wide.at<Wide>(row);
+        double total[1];
+        by_sums<same<X, Split>>(length, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
+            Pair h = load<X>(x + start, pair, at);
+            if constexpr (!same<Residual, Nothing>) {
+                h = h + load<Residual>(residual + start, pair, at);
             }
-        }
-        if constexpr (!same<Out, Float32> && !(same<X, Float32> && same<Residual, Nothing> && same<Out, Nothing>)) {
-            store<Wide>(h, wide + start, pair, at);
-        }
-        sums->terms[pair] = sums->terms[pair] + (SUBTRACT_MEAN ? h : h * h);
-    });
-    return total[0];
+            if constexpr (!same<Out, Nothing>) {
+                Pair written = store<Out>(h, out + start, pair, at);
+                if constexpr (STORED) {
+                    h = written;
+                }
+            }
+            if constexpr (!same<Out, Float32> && !(same<X, Float32> && same<Residual, Nothing> && same<Out, Nothing>)) {
+                store<Wide>(h, wide + start, pair, at);
+            }
+            sums->terms[pair] = sums->terms[pair] + (SUBTRACT_MEAN ? h : h * h);
+        });
+        batch.totals[row] = total[0];
+    }
 }
 
 template <class H>
-double sum(const void *h_row, int64_t hidden) {
-    auto h = static_cast<const typename H::Memory *>(h_row);
-    double total[1];
-    by_sums<same<H, Split>>(hidden, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
-        sums->terms[pair] = sums->terms[pair] + load<H>(h + start, pair, at);
-    });
-    return total[0];
+void sum(Batch &batch) {
+    for (int64_t row = 0; row < batch.count; ++row) {
+        auto h = batch.h.at<H>(row);
+        double total[1];
+        by_sums<same<H, Split>>(batch.length, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
+            sums->terms[pair] = sums->terms[pair] + load<H>(h + start, pair, at);
+        });
+        batch.totals[row] = total[0];
+    }
 }
 
 template <class H, bool SPLIT>
-double sum_of_squares(const void *h_row, int64_t hidden, float mean) {
-    auto h = static_cast<const typename H::Memory *>(h_row);
-    double total[1];
-    by_sums<SPLIT>(hidden, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
-        Pair centred = kept<SPLIT>(load<H>(h + start, pair, at) - mean, pair, at);
-        sums->terms[pair] = sums->terms[pair] + centred * centred;
-    });
-    return total[0];
+void sum_of_squares(Batch &batch) {
+    for (int64_t row = 0; row < batch.count; ++row) {
+        auto h = batch.h.at<H>(row);
+        const float mean = batch.statistics[row].mean;
+        double total[1];
+        by_sums<SPLIT>(batch.length, total, [&](int64_t start, int pair, auto at, Sums *sums) INLINED {
+            Pair centred = kept<SPLIT>(load<H>(h + start, pair, at) - mean, pair, at);
+            sums->terms[pair] = sums->terms[pair] + centred * centred;
+        });
+        batch.totals[row] = total[0];
+    }
 }
 
 template <bool CONDITION, class Yes, class No>
@@ -66,43 +97,41 @@ using Choice = typename Chosen<CONDITION, Yes, No>::Type;
 
 constexpr int64_t CACHE_LINE = 64;
 
-// Rows that are needed next.
-struct Ahead {
-    const void *x, *residual;
-};
-
-// y = x_hat weight + bias, with x_hat rounded to Hat. Rows of 16 bits are fetched ahead from memory meanwhile; for float32, where
-// there is less to compute, the processor does that as well by itself.
+// y = x_hat weight + bias, with x_hat rounded to Hat. Rows of 16 bits that come next are fetched from memory meanwhile; for float32,
+// where there is less to compute, the processor does as well by itself.
 template <class Y, class Hat, class Parameter, bool WEIGHT, bool BIAS>
-void normalise(const float *h, const void *weight_row, const void *bias_row, void *y_row, int64_t hidden, float mean, float rstd,
-               const Ahead &ahead) {
-    auto weight = static_cast<const typename Parameter::Memory *>(weight_row);
-    auto bias = static_cast<const typename Parameter::Memory *>(bias_row);
-    auto y = static_cast<typename Y::Memory *>(y_row);
+void normalise(Batch &batch) {
     typedef Choice<same<Y, Split>, Wide, Float32> H;
-    by_pairs(hidden, [&](int64_t start, int pair, auto at) INLINED {
-        if (sizeof *y == 2 && pair * IN_PAIR * sizeof *y % CACHE_LINE == 0) {
-            __builtin_prefetch(static_cast<const char *>(ahead.x) + (start + pair * IN_PAIR) * sizeof *y);
-            __builtin_prefetch(static_cast<const char *>(ahead.residual) + (start + pair * IN_PAIR) * sizeof *y);
-        }
-        Pair value = (load<H>(h + start, pair, at) - mean) * rstd;
-        if constexpr (!same<Hat, Float32>) {
-            value = rounded<Hat>(value);
-        }
-        if constexpr (WEIGHT) {
-            value = value * load<Parameter>(weight + start, pair, at);
-        }
-        if constexpr (BIAS) {
-            value = value + load<Parameter>(bias + start, pair, at);
-        }
-        store<Y>(value, y + start, pair, at);
-    });
+    const int64_t count = batch.count, length = batch.length;
+    auto weight = static_cast<const typename Parameter::Memory *>(batch.weight);
+    auto bias = static_cast<const typename Parameter::Memory *>(batch.bias);
+    for (int64_t row = 0; row < count; ++row) {
+        auto h = batch.h.at<H>(row);
+        auto y = batch.y.at<Y>(row);
+        auto next_x = batch.x.at<Y>(row + count);
+        auto next_residual = batch.residual.first ? batch.residual.at<Y>(row + count) : next_x;
+        const float mean = batch.statistics[row].mean, rstd = batch.statistics[row].rstd;
+        by_pairs(length, [&](int64_t start, int pair, auto at) INLINED {
+            if (sizeof *y == 2 && pair * IN_PAIR * sizeof *y % CACHE_LINE == 0) {
+                __builtin_prefetch(next_x + start + pair * IN_PAIR);
+                __builtin_prefetch(next_residual + start + pair * IN_PAIR);
+            }
+            Pair value = (load<H>(h + start, pair, at) - mean) * rstd;
+            if constexpr (!same<Hat, Float32>) {
+                value = rounded<Hat>(value);
+            }
+            if constexpr (WEIGHT) {
+                value = value * load<Parameter>(weight + start, pair, at);
+            }
+            if constexpr (BIAS) {
+                value = value + load<Parameter>(bias + start, pair, at);
+            }
+            store<Y>(value, y + start, pair, at);
+        });
+    }
 }
 
-typedef double (*Add)(const void *, const void *, void *, float *, int64_t);
-typedef double (*Sum)(const void *, int64_t);
-typedef double (*SumOfSquares)(const void *, int64_t, float);
-typedef void (*Normalise)(const float *, const void *, const void *, void *, int64_t, float, float, const Ahead &);
+typedef void (*Compute)(Batch &);
 
 template <class Function>
 ALWAYS auto with_dtype(int64_t dtype, Function function) {
@@ -139,7 +168,7 @@ void widen(const void *values, int64_t dtype, bool split, int64_t count, double 
 }
 
 template <class X, class Residual, class Out>
-Add add_of(bool stored, bool subtract_mean) {
+Compute add_of(bool stored, bool subtract_mean) {
     if constexpr (!same<Out, Nothing> && !same<Out, Float32>) {
         if (stored) {
             return subtract_mean ? add<X, Residual, Out, true, true> : add<X, Residual, Out, true, false>;
@@ -149,19 +178,19 @@ Add add_of(bool stored, bool subtract_mean) {
 }
 
 // Null for a combination of dtypes that is rare: it is computed from x and residual in float32.
-Add add_for(const Forward &call) {
+Compute add_for(const Forward &call) {
     bool stored = call.rounding != SUM, mean = call.subtract_mean;
     if (is_split(call)) {
         return call.residual       ? add_of<Split, Split, Split>(stored, mean)
                : call.residual_out ? add_of<Split, Nothing, Split>(stored, mean)
                                    : add_of<Split, Nothing, Nothing>(stored, mean);
     }
-    return with_dtype(call.x_dtype, [&](auto x) -> Add {
+    return with_dtype(call.x_dtype, [&](auto x) -> Compute {
         typedef decltype(x) X;
         if (!call.residual_out) {
             return add_of<X, Nothing, Nothing>(stored, mean);
         }
-        return with_dtype(call.residual_out_dtype, [&](auto out) -> Add {
+        return with_dtype(call.residual_out_dtype, [&](auto out) -> Compute {
             typedef decltype(out) Out;
             if constexpr (same<X, Float32> || same<Out, Float32>) {
                 if (!call.residual) {
@@ -182,13 +211,13 @@ Add add_for(const Forward &call) {
 }
 
 template <class Y, class Hat, class Parameter>
-Normalise normalise_of(bool weight, bool bias) {
+Compute normalise_of(bool weight, bool bias) {
     return !weight ? normalise<Y, Hat, Parameter, false, false>
            : bias  ? normalise<Y, Hat, Parameter, true, true>
                    : normalise<Y, Hat, Parameter, true, false>;
 }
 
-Normalise normalise_for(const Forward &call, bool wide_parameters, bool weight, bool bias) {
+Compute normalise_for(const Forward &call, bool wide_parameters, bool weight, bool bias) {
     int64_t hat_dtype = call.rounding == HF ? call.x_dtype : FLOAT32;
     if (is_split(call)) {
         if (hat_dtype == FLOAT32) {
