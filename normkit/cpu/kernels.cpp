@@ -19,7 +19,7 @@ enum Status : int { DONE = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
 constexpr int LEVELS = 3;
 
 // Elements below which a second thread costs more than it saves, and elements of the smallest item of work.
-constexpr int64_t ALONE = 12288, SMALLEST_ITEM = 8192;
+constexpr int64_t ALONE = 24576, SMALLEST_ITEM = 8192;
 constexpr int64_t ITEMS_PER_THREAD = 8;
 // Length from which threads share a row, when there are fewer rows than threads.
 constexpr int64_t SHARED_ROW = 4 * SUM_LENGTH;
