@@ -95,6 +95,7 @@ class Call(NamedTuple):
             ShapeError: one is not of x's shape.
             DtypeError: one is not of the result's dtype, or not an array.
             DeviceError: one is not on x's device.
+            OptionError: they are one array.
         """
         if self.out is None and self.residual_out is None:
             return
@@ -103,6 +104,8 @@ class Call(NamedTuple):
         dtypes = {"out": asked["out_dtype"] or x.dtype, "residual_out": asked["residual_dtype"] or stream.dtype}
         for name, array in self.outputs.items():
             _check_output(name, operand(name, array), x, dtypes[name])
+        if self.out is self.residual_out:
+            raise OptionError("out and residual_out must not share memory, and one array was given for both: give two")
 
     def room(self, problem: Problem, empty: Callable[[str], Array]) -> Forward:
         """Return the arrays to compute in: those given to write to, and for other results new ones, from empty(dtype)."""

@@ -47,7 +47,7 @@ def norm(call: Call, needs_grad: bool) -> Any:
     arguments = _arguments(call)
     if call.writes:
         call.check_outputs(dispatch.operand)
-        # a compiler, and a subclass, see to memory themselves
+        # what memory a compiler's tensors and subclasses have cannot be seen; no input is lost, as copying comes last
         if not torch.compiler.is_compiling() and all(
             type(tensor) in _HAVE_MEMORY for tensor in (*call.arrays.values(), *call.outputs.values())
         ):

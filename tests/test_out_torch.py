@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from normkit import OptionError, ShapeError
+from normkit import DtypeError, OptionError, ShapeError
 
 from .frameworks import installed
 
@@ -30,8 +30,9 @@ def tensors() -> list[Any]:
     return [*arrays_of(framework, "add_rms_norm"), empty(framework), empty(framework)]
 
 
-def into(function: str, x: Any, residual: Any, weight: Any, bias: Any, out: Any, residual_out: Any) -> Any:
-    return getattr(normkit_torch, function)(x, residual, weight, bias, out=out, residual_out=residual_out)
+def into(function: str, *tensors: Any) -> Any:
+    *given, out, residual_out = tensors
+    return getattr(normkit_torch, function)(*given, out=out, residual_out=residual_out)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS[2:])
@@ -92,6 +93,15 @@ def test_compiled(function: str, dynamic: bool, tensors: list[Any]) -> None:
     x, _, weight, bias, _, residual_out = tensors
     assert compiled(function, x, None, weight, bias, None, residual_out)[1] is residual_out
     assert torch.equal(residual_out, x)
+
+
+def test_what_is_refused_is_refused_in_compiled_code_too(tensors: list[Any]) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(into, backend="aot_eager")
+    for out, error in ((tensors[5], OptionError), (tensors[4][:2], ShapeError), (tensors[4].half(), DtypeError)):
+        with pytest.raises(error, match=r"^out"):
+            compiled("add_rms_norm", *tensors[:4], out, tensors[5])
+        assert (tensors[5] == 7).all()
 
 
 def test_under_a_dispatch_mode(tensors: list[Any]) -> None:
