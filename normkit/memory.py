@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain, combinations, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,11 +39,11 @@ def check_written(written: Mapping[str, Array], read: Mapping[str, Array], how: 
                 f"{how}{name} is written to, and shape {tuple(array.shape)} with strides of {_byte_strides(array)} bytes puts "
                 f"several elements in one place, as expanded arrays do; {advice}"
             )
-    extents = {name: _extent(array) for name, array in (*written.items(), *read.items())}
-    for (first, one), (second, other) in chain(combinations(written.items(), 2), product(written.items(), read.items())):
-        (start, end), (other_start, other_end) = extents[first], extents[second]
-        if start < other_end and other_start < end and _share_elements(one, other):
-            raise OptionError(f"{how}{first} is written to, and must not share memory with {second}; {advice}")
+    everything = [(name, array, *_extent(array)) for name, array in (*written.items(), *read.items())]
+    for index, (first, one, start, end) in enumerate(everything[: len(written)]):
+        for second, other, other_start, other_end in everything[index + 1 :]:
+            if start < other_end and other_start < end and _share_elements(one, other):
+                raise OptionError(f"{how}{first} is written to, and must not share memory with {second}; {advice}")
 
 
 def _share_elements(first: Array, second: Array) -> bool:
