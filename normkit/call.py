@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .arrays import Array, dtype_name
-from .errors import OptionError
+from .arrays import FLOAT_DTYPES, Array, dtype_name
+from .errors import DeviceError, DtypeError, OptionError, ShapeError
 from .interface import Forward
 from .spec import NormSpec, Operand, Problem, describe
 
@@ -29,6 +29,8 @@ class Call(NamedTuple):
     residual_dtype: object
     out_dtype: object
     implementation: str | None
+    out: Array | None = None
+    residual_out: Array | None = None
 
     @property
     def kind(self) -> str:
@@ -45,6 +47,16 @@ class Call(NamedTuple):
         """The arrays given, by name; x is always there."""
         names = ("x", "residual", "weight", "bias")
         return {name: getattr(self, name) for name in names if name == "x" or getattr(self, name) is not None}
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        """The arrays given to write to, by name."""
+        return {name: getattr(self, name) for name in ("out", "residual_out") if getattr(self, name) is not None}
+
+    @property
+    def writes(self) -> bool:
+        """Whether anything that is given is written to."""
+        return self.out is not None or self.residual_out is not None or self.function.endswith("_")
 
     def with_arrays(self, function: Callable[[str, Array], Array]) -> Call:
         """Return the call with function(name, array) in place of each array given."""
@@ -65,7 +77,7 @@ class Call(NamedTuple):
         """
         operands: dict[str, Any] = {name: operand(name, array) for name, array in self.arrays.items()}
         dtypes: dict[str, Any] = self.dtypes()
-        return describe(
+        problem = describe(
             NormSpec(self.kind, self.eps, self.weight_offset, self.rounding),
             **operands,
             **dtypes,
@@ -73,12 +85,62 @@ class Call(NamedTuple):
             in_place=self.function.endswith("_"),
             **facts,
         )
+        self.check_outputs(operand)
+        return problem
+
+    def check_outputs(self, operand: Callable[[str, Array], Operand]) -> None:
+        """Refuse arrays to write to that are not just what would be returned.
+
+        Raises:
+            ShapeError: one is not of x's shape.
+            DtypeError: one is not of the result's dtype, or not an array.
+            DeviceError: one is not on x's device.
+            OptionError: they are one array.
+        """
+        if self.out is None and self.residual_out is None:
+            return
+        x, asked = operand("x", self.x), self.dtypes()
+        stream = x if self.residual is None else operand("residual", self.residual)
+        dtypes = {"out": asked["out_dtype"] or x.dtype, "residual_out": asked["residual_dtype"] or stream.dtype}
+        for name, array in self.outputs.items():
+            _check_output(name, operand(name, array), x, dtypes[name])
+        if self.out is self.residual_out:
+            raise OptionError("out and residual_out must not share memory, and one array was given for both: give two")
+
+    def room(self, problem: Problem, empty: Callable[[str], Array]) -> Forward:
+        """Return the arrays to compute in: those given to write to, and for other results new ones, from empty(dtype)."""
+        y = empty(problem.out_dtype) if self.out is None else self.out
+        if problem.residual_out_dtype is None:
+            return Forward(y, None, None, None)
+        return Forward(y, empty(problem.residual_out_dtype) if self.residual_out is None else self.residual_out, None, None)
+
+    def written(self, forward: Forward) -> Forward:
+        """Copy what was not computed in the arrays given to write to, and return it with these arrays in it."""
+        y, residual_out = forward.y, forward.residual_out
+        if self.out is not None and self.out is not y:
+            self.out[...] = y
+            y = self.out
+        if self.residual_out is not None and self.residual_out is not residual_out:
+            self.residual_out[...] = self.x if residual_out is None else residual_out
+            residual_out = self.residual_out
+        return forward._replace(y=y, residual_out=residual_out)
 
     def result(self, forward: Forward) -> Any:
         """Return what the function returns: y, or y and residual_out, which is x itself where nothing else was computed."""
         if not self.returns_residual:
             return forward.y
         return forward.y, self.x if forward.residual_out is None else forward.residual_out
+
+
+def _check_output(name: str, output: Operand, x: Operand, dtype: str) -> None:
+    if tuple(output.shape) != tuple(x.shape):
+        raise ShapeError(f"{name} must have the shape of x, {tuple(x.shape)}; got {tuple(output.shape)}: it is not resized")
+    if output.dtype != dtype:
+        result, option = ("y", "out_dtype") if name == "out" else (name, "residual_dtype")
+        hint = f", or set {option}={output.dtype!r}" if output.dtype in FLOAT_DTYPES else ""
+        raise DtypeError(f"{name} must have the dtype of {result}, {dtype}; got {output.dtype}: give one of {dtype}{hint}")
+    if output.device != x.device:
+        raise DeviceError(f"{name} is on {output.device} and x on {x.device}: move them to one device")
 
 
 def bind(functions: Mapping[str, Callable[..., Any]], function: str, *arrays: Array | None, **options: Any) -> Call:

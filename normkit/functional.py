@@ -6,16 +6,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import numpy as np
-
-from . import registry
+from . import dispatch, registry
 from .arrays import Array, framework_of
 from .call import Call, bind
-from .errors import DtypeError
+from .errors import OptionError
 from .implementations import TABLE
-from .interface import Forward
 from .registry import Verdict
-from .spec import Operand
 
 _FRONT_ENDS = {"torch": "normkit_torch", "jax": "normkit_jax"}
 
@@ -31,6 +27,7 @@ def rms_norm(
     residual_dtype: object = None,
     out_dtype: object = None,
     implementation: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     r"""Normalise each row by its root mean square.
 
@@ -44,7 +41,7 @@ def rms_norm(
         array([[0.2, 1.4]], dtype=float32)
     """
     return compute(
-        Call("rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+        Call("rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out)
     )
 
 
@@ -59,6 +56,7 @@ def layer_norm(
     residual_dtype: object = None,
     out_dtype: object = None,
     implementation: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     r"""Normalise each row to mean 0 and variance 1.
 
@@ -73,7 +71,7 @@ def layer_norm(
         array([[-1.225,  0.   ,  1.225]], dtype=float32)
     """
     return compute(
-        Call("layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+        Call("layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out)
     )
 
 
@@ -89,6 +87,8 @@ def add_rms_norm(
     residual_dtype: object = None,
     out_dtype: object = None,
     implementation: str | None = None,
+    out: Array | None = None,
+    residual_out: Array | None = None,
 ) -> tuple[Array, Array]:
     r"""Add the residual and normalise each row of the sum by its root mean square (arXiv:1910.07467).
 
@@ -111,15 +111,18 @@ def add_rms_norm(
         residual_dtype: dtype of residual_out; by default that of residual, or of x without one.
         out_dtype: dtype of y; by default that of x.
         implementation: one by name, as `explain` lists them; None chooses.
+        out: array of NumPy or PyTorch that y is written to, so that a loop can use its memory again: of y's shape and dtype,
+            any strides, and in the memory of no other array of the call. By default y is a new array.
+        residual_out: the same for residual_out; without a residual, x is copied there.
 
     Returns:
-        y and residual_out, the h handed on, both of x's shape.
+        y and residual_out, the h handed on, both of x's shape; `out` and `residual_out` themselves where they are given.
 
     Raises:
         ShapeError: the shapes do not belong together.
         DtypeError: an array is not of a supported dtype, or not an array.
         DeviceError: the arrays are on different devices.
-        OptionError: an option has a value it cannot have.
+        OptionError: an option has a value it cannot have, or an array cannot be written to.
         UnsupportedError: the implementation asked for cannot compute this.
 
     Example:
@@ -128,6 +131,8 @@ def add_rms_norm(
         >>> y, residual_out = add_rms_norm(x, residual, eps=0.0)
         >>> y.round(3), residual_out
         (array([[0.2, 1.4]], dtype=float32), array([[1., 7.]], dtype=float32))
+        >>> add_rms_norm(x, residual, eps=0.0, out=y, residual_out=residual_out)[0] is y
+        True
     """
     return compute(
         Call(
@@ -142,6 +147,8 @@ def add_rms_norm(
             residual_dtype,
             out_dtype,
             implementation,
+            out,
+            residual_out,
         )
     )
 
@@ -158,6 +165,8 @@ def add_layer_norm(
     residual_dtype: object = None,
     out_dtype: object = None,
     implementation: str | None = None,
+    out: Array | None = None,
+    residual_out: Array | None = None,
 ) -> tuple[Array, Array]:
     r"""Add the residual and normalise each row of the sum to mean 0 and variance 1 (arXiv:1607.06450).
 
@@ -186,6 +195,8 @@ def add_layer_norm(
             residual_dtype,
             out_dtype,
             implementation,
+            out,
+            residual_out,
         )
     )
 
@@ -207,42 +218,28 @@ def explain(function: str, x: Array, *arrays: Array | None, **options: Any) -> l
         >>> [(verdict.name, verdict.accepted) for verdict in explain("rms_norm", np.ones((2, 8), np.float32))]
         [('ipex', False), ('vllm', False), ('cpu', True), ('reference', True)]
     """
-    front_end = _FRONT_ENDS.get(framework_of(x) or "")
+    front_end = _front_end(x, options.get("out"), options.get("residual_out"))
     if front_end:
-        verdicts: list[Verdict] = import_module(front_end).explain(function, x, *arrays, **options)
+        verdicts: list[Verdict] = front_end.explain(function, x, *arrays, **options)
         return verdicts
-    call = bind(globals(), function, x, *arrays, **options)
-    return registry.explain(call.with_arrays(_from_dlpack).problem(_operand), TABLE)
+    return registry.explain(dispatch.problem_of(dispatch.as_numpy(bind(globals(), function, x, *arrays, **options))), TABLE)
 
 
 def compute(call: Call) -> Any:
     """Compute a call on NumPy arrays, or hand it to the front end of its arrays' framework."""
-    front_end = _FRONT_ENDS.get(framework_of(call.x) or "")
+    front_end = _front_end(call.x, call.out, call.residual_out)
     if front_end:
-        return import_module(f"{front_end}.functional").compute(call)
-    call = call.with_arrays(_from_dlpack)
-    problem = call.problem(_operand)
-    kernels = registry.select(problem, TABLE, call.implementation).load()
-    with np.errstate(all="ignore"):  # infinities and NaN propagate in silence, as in the other frameworks
-        y, residual_out, mean, rstd = kernels.forward(problem, call.x, call.residual, call.weight, call.bias)
-    residual_out = None if residual_out is None else np.ascontiguousarray(residual_out)
-    return call.result(Forward(np.ascontiguousarray(y), residual_out, mean, rstd))
+        return front_end.functional.compute(call)
+    call = dispatch.as_numpy(call)
+    return call.result(dispatch.forward_into(call) if call.writes else dispatch.forward(call))
 
 
-def _operand(name: str, array: Array) -> Operand:
-    return Operand(array.shape, array.dtype.name)
-
-
-def _from_dlpack(name: str, array: Array) -> np.ndarray[Any, Any]:
-    if isinstance(array, np.ndarray):
-        return array
-    framework = framework_of(array)
-    if framework or not hasattr(array, "__dlpack__"):
-        raise DtypeError(
-            f"{name} must be an array of NumPy, PyTorch or JAX like the other arrays of the call, or speak DLPack; "
-            f"got {type(array).__module__}.{type(array).__qualname__}"
+def _front_end(x: Array, *outputs: Array | None) -> Any:
+    """Return the front end of an array's framework, None for NumPy."""
+    framework = framework_of(x) or ""
+    if framework == "jax" and any(output is not None for output in outputs):
+        raise OptionError(
+            "out= and residual_out= are arrays to write to, and JAX's arrays never change: leave them out; under jax.jit, "
+            "normkit_jax.add_rms_norm_ and add_layer_norm_ use the memory of donated arguments again"
         )
-    try:
-        return np.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError) as error:
-        raise DtypeError(f"{name} speaks DLPack, but NumPy cannot take it: {error}; make it a torch or JAX array") from error
+    return import_module(_FRONT_ENDS[framework]) if framework in _FRONT_ENDS else None

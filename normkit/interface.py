@@ -91,3 +91,12 @@ class Kernels(Protocol):
 
     def forward_(self, problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:
         """Write y into x and residual_out into residual."""
+
+
+class WritingKernels(Kernels, Protocol):
+    """What a module offers besides if it can write into arrays that are given; the results of others are copied there."""
+
+    def forward_into(
+        self, problem: Problem, x: Array, residual: Array | None, weight: Array | None, bias: Array | None, out: Forward
+    ) -> None:
+        """Write y and residual_out into the arrays of `out`, of any strides; without a residual_out to compute that is None."""

@@ -64,7 +64,7 @@ def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
         (False, True, True)
     """
     extent = 1
-    for step, size in sorted((step, size) for size, step in zip(shape, strides, strict=True) if size > 1):
+    for step, size in sorted((abs(step), size) for size, step in zip(shape, strides, strict=True) if size > 1):
         if step < extent:
             return 0 not in shape
         extent = step * (size - 1) + extent

@@ -15,7 +15,7 @@ from normkit.interface import Forward, Gradients, Wanted
 from normkit.layout import row_layout
 from normkit.spec import Problem
 
-__all__ = ["backward", "forward", "forward_", "supports"]
+__all__ = ["backward", "forward", "forward_", "forward_into", "supports"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,25 +41,25 @@ def forward(problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor
         rstd = torch.empty(shape[:-1])
         mean = torch.empty(shape[:-1]) if problem.spec.subtract_mean else None
     out = Forward(y, residual_out, mean, rstd)
-    _forward(problem, x, residual, weight, bias, out)
+    forward_into(problem, x, residual, weight, bias, out)
     return out
 
 
 def forward_(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Write y into x and residual_out into residual."""
-    _forward(problem, x, residual, weight, bias, Forward(x, residual, None, None))
+    forward_into(problem, x, residual, weight, bias, Forward(x, residual, None, None))
 
 
-def _forward(
+def forward_into(
     problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
 ) -> None:
+    """Write the results into the tensors of `out`, of any strides; y may be x itself, and residual_out the residual."""
     y, residual_out, mean, rstd = out
     rows: tuple[int, ...]
-    hidden = problem.shape[-1]
-    inner_rows, rows = 1, (hidden, 0) * 4
-    if problem.layout != "contiguous":
-        (x, residual), inner_rows, rows = _laid_out(problem, x, residual)
-        rows = rows * 2 if problem.in_place else rows + (inner_rows * hidden, hidden) * 2
+    inner_rows, rows = 1, (problem.shape[-1], 0) * 4
+    are_contiguous = y.is_contiguous() and (residual_out is None or residual_out.is_contiguous())
+    if problem.layout != "contiguous" or not are_contiguous:
+        (x, residual, y, residual_out), inner_rows, rows = _laid_out(problem, x, residual, y, residual_out)
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
@@ -75,17 +75,22 @@ def _forward(
         0 if rstd is None else rstd.data_ptr(),
     )
     library.forward(problem, pointers, rows, inner_rows, torch.get_num_threads(), _OPENMP)
+    if y is not out.y:
+        out.y.copy_(y)
+    if out.residual_out is not None and out.residual_out is not residual_out:
+        out.residual_out.copy_(residual_out)
 
 
 def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Any], int, tuple[int, ...]]:
     """Return the tensors, those copied whose rows two loops do not reach, inner_rows, and the strides of each one's rows."""
-    layout = row_layout(problem.shape, [tensor.stride() for tensor in tensors if tensor is not None])
+    apart = [None if tensor is None or tensor.is_contiguous() else tensor for tensor in tensors]
+    layout = row_layout(problem.shape, [tensor.stride() for tensor in apart if tensor is not None])
     found = iter(layout.strides)
     rows: tuple[int, ...] = ()
     reached: list[Any] = []
-    for tensor in tensors:
-        own = None if tensor is None else next(found)
-        reached.append(tensor if own is not None or tensor is None else tensor.contiguous())
+    for tensor, strided in zip(tensors, apart, strict=True):
+        own = None if strided is None else next(found)
+        reached.append(strided.contiguous() if strided is not None and own is None else tensor)
         rows += own or (layout.inner_rows * problem.hidden_size, problem.hidden_size)
     return reached, layout.inner_rows, rows
 

@@ -12,12 +12,12 @@ from normkit import layout, registry
 from normkit.arrays import FLOAT_DTYPES, dtype_name
 from normkit.call import Call
 from normkit.errors import DtypeError
-from normkit.interface import Forward, Gradients, Wanted
+from normkit.interface import Forward, Gradients, Kernels, Wanted
 from normkit.spec import Operand, Problem
 
 from . import device
 from .implementations import TABLE
-from .memory import check_in_place
+from .memory import check_writes
 
 _NAMES = {getattr(torch, name): name for name in FLOAT_DTYPES}
 
@@ -59,20 +59,40 @@ def layout_of(tensors: list[Tensor]) -> str:
 def forward(call: Call, needs_grad: bool) -> Forward:
     """Choose an implementation and compute; the results are contiguous, with statistics where a backward may follow."""
     problem = problem_of(call, needs_grad)
-    kernels = registry.select(problem, TABLE, call.implementation).load()
+    return _forward(call, problem, registry.select(problem, TABLE, call.implementation).load())
+
+
+def _forward(call: Call, problem: Problem, kernels: Kernels) -> Forward:
     y, residual_out, mean, rstd = kernels.forward(problem, call.x, call.residual, call.weight, call.bias)
     residual_out = None if residual_out is None else residual_out.contiguous()
-    return Forward(y.contiguous(), residual_out, mean if needs_grad else None, rstd if needs_grad else None)
+    return Forward(y.contiguous(), residual_out, *((mean, rstd) if problem.needs_grad else (None, None)))
 
 
 def forward_(call: Call) -> None:
     """Choose an implementation and compute in place."""
     problem = problem_of(call, needs_grad=False)
-    check_in_place(call)
+    check_writes(call)
     kernels = registry.select(problem, TABLE, call.implementation).load()
     kernels.forward_(problem, call.x, call.residual, call.weight, call.bias)
-    written: list[Any] = [call.x, call.residual]
-    torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+    _count_as_written(call.x, call.residual)
+
+
+def forward_into(call: Call) -> Forward:
+    """Choose an implementation and compute into the tensors given; what it cannot write there is copied."""
+    problem = problem_of(call, needs_grad=False)
+    check_writes(call)
+    kernels = registry.select(problem, TABLE, call.implementation).load()
+    if not hasattr(kernels, "forward_into"):
+        return call.written(_forward(call, problem, kernels))
+    x = call.x
+    out = call.room(problem, lambda dtype: torch.empty(problem.shape, dtype=getattr(torch, dtype), device=x.device))
+    kernels.forward_into(problem, x, call.residual, call.weight, call.bias, out)
+    _count_as_written(*call.outputs.values())
+    return call.written(out)
+
+
+def _count_as_written(*tensors: Any) -> None:
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def backward(

@@ -28,6 +28,7 @@ def rms_norm(
     residual_dtype: torch.dtype | str | None = None,
     out_dtype: torch.dtype | str | None = None,
     implementation: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     r"""Normalise each row by its root mean square.
 
@@ -41,7 +42,7 @@ def rms_norm(
         tensor([[0.2000, 1.4000]])
     """
     return compute(
-        Call("rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+        Call("rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out)
     )
 
 
@@ -56,6 +57,7 @@ def layer_norm(
     residual_dtype: torch.dtype | str | None = None,
     out_dtype: torch.dtype | str | None = None,
     implementation: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     r"""Normalise each row to mean 0 and variance 1.
 
@@ -70,7 +72,7 @@ def layer_norm(
         tensor([[-1.2247,  0.0000,  1.2247]])
     """
     return compute(
-        Call("layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+        Call("layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out)
     )
 
 
@@ -86,6 +88,8 @@ def add_rms_norm(
     residual_dtype: torch.dtype | str | None = None,
     out_dtype: torch.dtype | str | None = None,
     implementation: str | None = None,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Add the residual and normalise each row of the sum by its root mean square (arXiv:1910.07467).
 
@@ -108,15 +112,19 @@ def add_rms_norm(
         residual_dtype: dtype of residual_out; by default that of residual, or of x without one.
         out_dtype: dtype of y; by default that of x.
         implementation: one by name, as `explain` lists them; None chooses.
+        out: tensor that y is written to, so that a loop can use its memory again: of y's shape and dtype, any strides, in the
+            memory of no other tensor of the call, and where no gradient is needed. By default y is a new tensor.
+        residual_out: the same for residual_out; without a residual, x is copied there.
 
     Returns:
-        y and residual_out, the h handed on, both contiguous and of x's shape.
+        y and residual_out, the h handed on, both of x's shape: `out` and `residual_out` themselves where they are given,
+        else contiguous.
 
     Raises:
         ShapeError: the shapes do not belong together.
         DtypeError: a tensor is not of a supported dtype, or not a tensor.
         DeviceError: the tensors are on different devices.
-        OptionError: an option has a value it cannot have.
+        OptionError: an option has a value it cannot have, or a tensor cannot be written to.
         UnsupportedError: the implementation asked for cannot compute this.
 
     Example:
@@ -124,6 +132,9 @@ def add_rms_norm(
         >>> x, residual = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 4.0]])
         >>> add_rms_norm(x, residual, eps=0.0)
         (tensor([[0.2000, 1.4000]]), tensor([[1., 7.]]))
+        >>> out, residual_out = torch.empty_like(x), torch.empty_like(x)
+        >>> add_rms_norm(x, residual, eps=0.0, out=out, residual_out=residual_out)[0] is out
+        True
     """
     return compute(
         Call(
@@ -138,6 +149,8 @@ def add_rms_norm(
             residual_dtype,
             out_dtype,
             implementation,
+            out,
+            residual_out,
         )
     )
 
@@ -154,6 +167,8 @@ def add_layer_norm(
     residual_dtype: torch.dtype | str | None = None,
     out_dtype: torch.dtype | str | None = None,
     implementation: str | None = None,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Add the residual and normalise each row of the sum to mean 0 and variance 1 (arXiv:1607.06450).
 
@@ -181,6 +196,8 @@ def add_layer_norm(
             residual_dtype,
             out_dtype,
             implementation,
+            out,
+            residual_out,
         )
     )
 

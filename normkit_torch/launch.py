@@ -52,6 +52,17 @@ def forward_(problem: Problem, x: Tensor, residual: Tensor, weight: Tensor | Non
     _launch_forward(problem, x, residual, weight, bias, Forward(x, residual, None, None))
 
 
+def forward_into(
+    problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
+) -> None:
+    """Write the results into the tensors of `out`; the kernels write contiguous rows, so others are copied into."""
+    written = Forward(*(None if tensor is None else tensor.contiguous() for tensor in out))
+    _launch_forward(problem, x, residual, weight, bias, written)
+    for tensor, rows in zip(out, written, strict=True):
+        if rows is not tensor:
+            tensor.copy_(rows)
+
+
 def _launch_forward(
     problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
 ) -> None:

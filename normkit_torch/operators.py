@@ -21,7 +21,9 @@ from normkit.spec import NormSpec, Problem
 
 from . import device, dispatch
 from .implementations import TABLE
+from .memory import check_writes
 
+_HAVE_MEMORY = (Tensor, torch.nn.Parameter)
 _OPTIONS = (
     "str function, float eps, float weight_offset, str? rounding, str? residual_dtype, str? out_dtype, str? implementation"
 )
@@ -41,11 +43,19 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def norm(call: Call, needs_grad: bool) -> Any:
-    """Compute a functional call through the operator."""
-    y, residual_out, _, _ = torch.ops.normkit.norm(*_arguments(call), needs_grad)
+    """Compute a functional call through the operator; tensors to write to are copied into."""
+    arguments = _arguments(call)
+    if call.writes:
+        call.check_outputs(dispatch.operand)
+        # what memory a compiler's tensors and subclasses have cannot be seen; no input is lost, as copying comes last
+        if not torch.compiler.is_compiling() and all(
+            type(tensor) in _HAVE_MEMORY for tensor in (*call.arrays.values(), *call.outputs.values())
+        ):
+            check_writes(call)
+    y, residual_out, _, _ = torch.ops.normkit.norm(*arguments, needs_grad)
     widened = call.residual_dtype is not None and getattr(torch, dtype_name(call.residual_dtype)) != call.x.dtype
     computed = call.residual is not None or widened
-    return call.result(Forward(y, residual_out if computed else None, None, None))
+    return call.result(call.written(Forward(y, residual_out if computed else None, None, None)))
 
 
 def norm_(call: Call) -> Any:

@@ -19,26 +19,43 @@ from . import dispatch, operators
 def compute(call: Call) -> Any:
     """Compute a call: at once in plain eager code, through the operators where autograd or a tracer must see it."""
     grad = needs_grad(call)
-    in_place = call.function.endswith("_")
-    if in_place and grad:
-        raise OptionError(
+    if grad and call.writes:
+        raise OptionError(_gradient_lost(call))
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _under_transform(call)
+    plain = not grad and _is_plain(call)
+    if call.function.endswith("_"):
+        if not plain:
+            return operators.norm_(call)
+        dispatch.forward_(call)
+        return call.x, call.residual
+    if not plain:
+        return operators.norm(call, grad)
+    return call.result(dispatch.forward_into(call) if call.writes else dispatch.forward(call, needs_grad=False))
+
+
+def _gradient_lost(call: Call) -> str:
+    if call.function.endswith("_"):
+        return (
             f"{call.function} overwrites its inputs, and one of them requires a gradient: "
             f"use {call.function[:-1]}, or torch.no_grad()"
         )
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _under_transform(call, in_place)
-    if grad or not _is_plain(call):
-        return operators.norm_(call) if in_place else operators.norm(call, grad)
-    if not in_place:
-        return call.result(dispatch.forward(call, needs_grad=False))
-    dispatch.forward_(call)
-    return call.x, call.residual
+    asking = [name for name, tensor in (call.arrays | call.outputs).items() if getattr(tensor, "requires_grad", False)]
+    return (
+        f"gradients do not flow through tensors that are written to, and {', '.join(asking)} requires one: "
+        f"do without {_outputs(call)}, or use torch.no_grad()"
+    )
 
 
-def _under_transform(call: Call, in_place: bool) -> Any:
+def _outputs(call: Call) -> str:
+    return " and ".join(f"{name}=" for name in call.outputs)
+
+
+def _under_transform(call: Call) -> Any:
     """Compute by the reference, whose operations have vmap and forward-mode rules; an operator has neither."""
-    if in_place or call.implementation not in (None, "reference"):
-        asked = call.function if in_place else f"implementation={call.implementation!r}"
+    if call.writes or call.implementation not in (None, "reference"):
+        in_place = call.function.endswith("_")
+        asked = call.function if in_place else _outputs(call) or f"implementation={call.implementation!r}"
         raise UnsupportedError(
             f"{asked} cannot be used under torch.func transforms and forward-mode differentiation: they take the reference"
         )
@@ -49,7 +66,8 @@ def _under_transform(call: Call, in_place: bool) -> Any:
 def needs_grad(call: Call) -> bool:
     """Whether autograd will want a backward pass of this call."""
     return torch.is_grad_enabled() and any(
-        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (call.x, call.residual, call.weight, call.bias)
+        isinstance(tensor, Tensor) and tensor.requires_grad
+        for tensor in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
     )
 
 
@@ -60,7 +78,7 @@ def _is_plain(call: Call) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or any(
             type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg()
-            for tensor in (call.x, call.residual, call.weight, call.bias)
+            for tensor in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
             if tensor is not None
         )
     )

@@ -157,6 +157,17 @@ def test_in_place_writes_to_what_it_was_given(launches: list[FakeLaunch]) -> Non
     assert launch.arguments["IN_PLACE"] is True
 
 
+def test_tensors_to_write_to_are_given_to_the_kernel_if_they_are_contiguous(launches: list[FakeLaunch]) -> None:
+    x, residual, out, residual_out = _rows(8), _rows(8), _rows(8), _rows(8)
+    normkit_torch.add_rms_norm(x, residual, out=out, residual_out=residual_out, implementation="triton")
+    normkit_torch.add_rms_norm(x, residual, out=_rows(8, hidden=2 * HIDDEN)[:, :HIDDEN], implementation="triton")
+    direct, apart = (launch.arguments for launch in launches)
+    names = ("y", "residual_out")
+    assert [direct[f"{name}_ptr"].data_ptr() for name in names] == [out.data_ptr(), residual_out.data_ptr()]
+    assert all(apart[f"{name}_ptr"].is_contiguous() for name in names)
+    assert direct["IN_PLACE"] is apart["IN_PLACE"] is False
+
+
 @pytest.mark.parametrize("hidden", [HIDDEN, 20000])
 def test_no_rows_launch_nothing_but_the_totals(launches: list[FakeLaunch], hidden: int) -> None:
     x, weight = _rows(0, hidden=hidden).requires_grad_(), _parameter(hidden).requires_grad_()

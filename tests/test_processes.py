@@ -20,6 +20,7 @@ INTERPRETED = {
     "every case": ("tests/test_functional.py", "-k", "torch-triton"),
     "every case, inside jax.jit": ("tests/test_functional.py", "-k", "jax-triton"),
     "memory, strides, rows, properties": ("tests/triton_interpreter",),
+    "arrays to write to": ("tests/test_out.py", "-k", "torch and not reference"),
 }
 
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -16,7 +16,7 @@ from ..spec import Problem
 from . import library
 from .library import supports
 
-__all__ = ["backward", "forward", "forward_", "supports"]
+__all__ = ["backward", "forward", "forward_", "forward_into", "supports"]
 
 NumpyArray = np.ndarray[Any, Any]
 
@@ -38,27 +38,33 @@ def forward(
         _new(problem.shape[:-1], statistics if problem.spec.subtract_mean else None),
         _new(problem.shape[:-1], statistics),
     )
-    (x, residual), inner_rows, rows = _laid_out(problem, x, residual)
-    rows += (inner_rows * problem.hidden_size, problem.hidden_size) * 2
-    _forward(problem, (x, residual, _plain(weight), _plain(bias)), out, rows, inner_rows)
+    forward_into(problem, x, residual, weight, bias, out)
     return out
 
 
 def forward_(problem: Problem, x: NumpyArray, residual: NumpyArray, weight: NumpyArray | None, bias: NumpyArray | None) -> None:
     """Write y into x and residual_out into residual."""
-    given, inner_rows, rows = _laid_out(problem, x, residual)
-    if given[0] is not x or given[1] is not residual:
-        y, residual_out, _, _ = forward(problem, x, residual, weight, bias)
-        x[...], residual[...] = y, residual_out
-        return
-    _forward(problem, (x, residual, _plain(weight), _plain(bias)), Forward(x, residual, None, None), rows * 2, inner_rows)
+    forward_into(problem, x, residual, weight, bias, Forward(x, residual, None, None))
 
 
-def _forward(
-    problem: Problem, given: tuple[NumpyArray | None, ...], out: Forward, rows: tuple[int, ...], inner_rows: int
+def forward_into(
+    problem: Problem,
+    x: NumpyArray,
+    residual: NumpyArray | None,
+    weight: NumpyArray | None,
+    bias: NumpyArray | None,
+    out: Forward,
 ) -> None:
-    x, residual, weight, bias, y, residual_out, mean, rstd = (0 if one is None else one.ctypes.data for one in (*given, *out))
-    library.forward(problem, (x, residual, weight, bias, y, residual_out, mean, rstd), rows, inner_rows, threads())
+    """Write the results into the arrays of `out`, of any strides; y may be x itself, and residual_out the residual."""
+    (x, residual, y, residual_out), inner_rows, rows = _laid_out(problem, x, residual, out.y, out.residual_out)
+    # kept here, so that a copy lives as long as the call
+    given = (x, residual, _plain(weight), _plain(bias), y, residual_out, out.mean, out.rstd)
+    pointers = tuple(0 if array is None else array.ctypes.data for array in given)
+    library.forward(problem, pointers, rows, inner_rows, threads())
+    if y is not out.y:
+        out.y[...] = y
+    if out.residual_out is not None and out.residual_out is not residual_out:
+        out.residual_out[...] = residual_out
 
 
 def backward(
