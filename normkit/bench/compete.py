@@ -174,12 +174,17 @@ def _row(contest: Contest, entry: _Entry, entries: Sequence[_Entry], times: dict
         contestant=name,
         framework=framework,
         implementation=entry.implementation,
-        us_p20=1e6 * own.p20,
-        us_median=1e6 * own.median,
-        us_p80=1e6 * own.p80,
+        us_p20=_rounded(1e6 * own.p20),
+        us_median=_rounded(1e6 * own.median),
+        us_p80=_rounded(1e6 * own.p80),
         samples=own.samples,
-        gb_per_s=contest.moved_bytes / own.median / 1e9,
-        percent_of_copy=100 * times[COPY].median / own.median,
-        ratio_to_normkit=own.median / ours[0].median if ours else None,
-        worst_error=entry.error,
+        gb_per_s=_rounded(contest.moved_bytes / own.median / 1e9),
+        percent_of_copy=_rounded(100 * times[COPY].median / own.median),
+        ratio_to_normkit=_rounded(own.median / ours[0].median) if ours else None,
+        worst_error=None if entry.error is None else _rounded(entry.error),
     )
+
+
+def _rounded(value: float) -> float:
+    """Return the six digits that the CSV file has, so that what is shown of it is what is shown now."""
+    return float(f"{value:.6g}")

@@ -40,7 +40,7 @@ class Writer:
     def write(self, rows: Iterable[Row]) -> None:
         """Write rows, so that they are there even if what follows fails."""
         for row in rows:
-            values = {column(name): _cell(getattr(row, name)) for name in _FIELDS}
+            values = {column(name): getattr(row, name) for name in _FIELDS}
             self._writer.writerow(values | {"within_bounds": row.within_bounds} | self._circumstances)
         self._file.flush()
 
@@ -127,10 +127,6 @@ def _mean(rows: Sequence[Row]) -> str:
 def _short(value: float | None) -> str:
     """Return a number with about three digits."""
     return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _parsed(name: str, text: str) -> Any:
