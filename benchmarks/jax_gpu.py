@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import normkit_jax
-from normkit.arrays import numpy_dtype
+from normkit.bench.traffic import moved_bytes
 from normkit.tolerance import expected_backward, expected_forward, worst
 from tests.cases import Case, tagged
 
@@ -116,33 +116,14 @@ def modes(function: Function) -> dict[str, Function]:
         results, vjp = jax.vjp(function, *arrays[:4])
         return *results, *vjp(arrays[4:])
 
-    return {"forward": jax.jit(forward), "forward_and_backward": jax.jit(forward_and_backward)}
-
-
-def moved_bytes(case: Case, mode: str) -> int:
-    """Return the bytes that have to be moved: inputs once, results once, and what the backward reads again."""
-    problem = case.problem()
-    elements = problem.rows * problem.hidden_size
-
-    def size(count: int, *dtypes: str | None) -> int:
-        return sum(count * numpy_dtype(dtype).itemsize for dtype in dtypes if dtype)
-
-    parameters = size(problem.hidden_size, problem.weight_dtype, problem.bias_dtype)
-    rows = size(elements, problem.x_dtype, problem.residual_dtype, problem.out_dtype, problem.residual_out_dtype)
-    if mode == "forward":
-        return rows + parameters
-    statistics = size(problem.rows, "float32") * (2 if case.kind == "layer" else 1)
-    other = problem.residual_dtype if problem.residual_dtype != problem.x_dtype else None
-    rows += size(elements, problem.out_dtype, problem.h_dtype, problem.residual_out_dtype, problem.x_dtype, other)
-    # weight is read twice; the gradients of weight and bias are written once
-    return rows + 2 * statistics + 2 * parameters + size(problem.hidden_size, problem.weight_dtype)
+    return {"forward": jax.jit(forward), "forward-and-backward": jax.jit(forward_and_backward)}
 
 
 def buffers(case: Case, rotated_bytes: int) -> list[list[Any]]:
     """Return sets of arrays, as many as fill the bytes that are rotated: operands, then dy and dresidual_out."""
     problem, dtypes = case.problem(), {"x": case.x, "residual": case.residual, "weight": case.weight, "bias": case.bias}
     dtypes |= {"dy": problem.out_dtype, "dresidual_out": problem.residual_out_dtype}
-    count = max(1, min(64, -(-rotated_bytes // moved_bytes(case, "forward"))))
+    count = max(1, min(64, -(-rotated_bytes // moved_bytes(case.problem(), "forward"))))
 
     def make(key: Any, name: str, dtype: str | None) -> Any:
         shape = case.shape[-1:] if name in ("weight", "bias") else case.shape
@@ -182,7 +163,7 @@ def worst_error(case: Case, mode: str, arrays: list[Any], results: Any) -> float
         zip(("y", "residual_out"), expected_forward(few.problem(), *given[:4], residual_out=residual_out), strict=True)
     )
     actual = {"y": y, "residual_out": residual_out}
-    if mode == "forward_and_backward":
+    if mode == "forward-and-backward":
         h = given[0] if residual_out is None else residual_out
         expected |= expected_backward(few.problem(), given[4], given[5], h, given[2])
         actual |= dict(zip(("dx", "dresidual", "dweight", "dbias"), gradients, strict=True))
@@ -201,8 +182,8 @@ def measure(case: Case, samples: int, rotated_bytes: int) -> Iterator[dict[str, 
     """Verify and time all competitors on a case, and the copy of as many bytes."""
     sets = buffers(case, rotated_bytes)
     programs = {name: modes(function) for name, function in competitors(case).items()}
-    for mode in ("forward", "forward_and_backward"):
-        total = moved_bytes(case, mode)
+    for mode in ("forward", "forward-and-backward"):
+        total = moved_bytes(case.problem(), mode)
         copies = [
             [jnp.ones(max(1, total // 8), jnp.float32) * index] for index in range(max(1, min(64, rotated_bytes // total)))
         ]

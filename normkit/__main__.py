@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `normkit info` and `normkit demo`, or `python -m normkit ...`."""
+"""The command line: `normkit info`, `normkit demo` and `normkit bench`, or `python -m normkit ...`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, demo, info
+from .bench import command as bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command, summary in (
         ("info", info, "show versions, devices and what is chosen on each, with a check of every implementation"),
         ("demo", demo, "decode text with a real LLaMA in PyTorch and JAX, and check both against transformers"),
+        ("bench", bench, "time normkit and its peers on this machine's processor, verified, against a copy of as many bytes"),
     ):
         options = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         command.add_arguments(options)

@@ -123,11 +123,12 @@ def read_gguf(path: Path) -> Model:
     )
 
 
-def require(*modules: str) -> list[Any]:
-    """Import modules of the extra `normkit[demo]`.
+def require(*modules: str, extra: str = "demo") -> list[Any]:
+    """Import modules of an extra of normkit.
 
     Args:
         modules: Their names.
+        extra: Its name.
 
     Returns:
         The modules, in this order.
@@ -139,7 +140,7 @@ def require(*modules: str) -> list[Any]:
         return [importlib.import_module(module) for module in modules]
     except ImportError as error:
         raise MissingPackageError(
-            f'this needs {", ".join(modules)}: pip install "normkit[demo]" ({type(error).__name__}: {error})'
+            f'this needs {", ".join(modules)}: pip install "normkit[{extra}]" ({type(error).__name__}: {error})'
         ) from error
 
 

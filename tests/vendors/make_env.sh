@@ -39,5 +39,5 @@ ipex)
     exit 2
     ;;
 esac
-"$directory/bin/python" -m pip install --quiet --disable-pip-version-check -c "$here/../../constraints.txt" jax ml_dtypes numpy pytest
+"$directory/bin/python" -m pip install --quiet --disable-pip-version-check -c "$here/../../constraints.txt" jax ml_dtypes numpy pytest tabulate tqdm
 echo "$wanted" >"$made"

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs on torch tensors: normkit_torch, plain PyTorch with and without its compiler, vendors' operators, and the copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from ..arrays import numpy_dtype
+from ..vendors import ipex, vllm
+from .contest import Arrays, Contest, Program
+
+Call = Callable[[], Any]
+Bind = Callable[[Arrays], Call]
+"""Gives a contestant its tensors: what it returns is a forward call."""
+
+
+def normkit_torch(contest: Contest) -> Program:
+    """normkit's function for tensors, in place the one that writes into x and residual."""
+    name = f"add_{contest.kind}_norm{'_' if contest.pass_ == 'in-place' else ''}"
+    front_end = import_module("normkit_torch")
+    function = partial(getattr(front_end, name), eps=contest.eps)
+
+    def implementation(tensors: Arrays) -> str:
+        given = _leaves(tensors) if contest.pass_ == "backward" else list(tensors[:4])
+        verdicts = front_end.explain(name, *given, eps=contest.eps)
+        return next(verdict.name for verdict in verdicts if verdict.accepted)
+
+    return _program(contest, lambda tensors: partial(function, *tensors[:4]))._replace(implementation=implementation)
+
+
+def eager(contest: Contest) -> Program:
+    """An addition and torch's own norm."""
+    function = _plain(contest)
+    return _program(contest, lambda tensors: partial(function, *tensors[:4]))
+
+
+def compiled(contest: Contest) -> Program:
+    """The same by torch.compile, for these shapes alone."""
+    import torch
+
+    # otherwise what was compiled for earlier contests counts towards the limit of recompilations
+    torch.compiler.reset()
+    function = torch.compile(_plain(contest), dynamic=False)
+    return _program(contest, lambda tensors: partial(function, *tensors[:4]))
+
+
+def vllm_operator(contest: Contest) -> Program:
+    """vLLM's operator, which works in place: otherwise in clones of x and residual."""
+    import torch
+
+    operator = torch.ops._C.fused_add_rms_norm
+
+    def bind(tensors: Arrays) -> Call:
+        if contest.pass_ == "in-place":
+            return partial(operator, tensors.x, tensors.residual, tensors.weight, contest.eps)
+
+        def of_clones() -> Any:
+            y, residual_out = tensors.x.clone(), tensors.residual.clone()
+            operator(y, residual_out, tensors.weight, contest.eps)
+            return y, residual_out
+
+        return of_clones
+
+    return _program(contest, bind)
+
+
+def vllm_refusal(contest: Contest) -> str | None:
+    """Return why vLLM's operator does not compute a contest."""
+    if vllm.found().problem:
+        return vllm.found().problem
+    if contest.kind != "rms":
+        return "vLLM has no LayerNorm on the CPU"
+    if contest.pass_ == "backward":
+        return "vLLM's operators have no backward pass"
+    if contest.case.hidden_size % 8:
+        return "on the CPU vLLM wants a hidden size that is a multiple of 8"
+    return None
+
+
+def ipex_operator(contest: Contest) -> Program:
+    """IPEX's function, whose y is always new memory; without add_back it does not return the sum, which is then added again."""
+    functional = import_module("intel_extension_for_pytorch.llm.functional")
+    operator = functional.add_rms_norm if contest.kind == "rms" else functional.add_layer_norm
+
+    def bind(tensors: Arrays) -> Call:
+        given = tensors.residual, tensors.x, tensors.weight, tensors.bias, contest.eps
+        if contest.pass_ == "in-place":
+            return partial(operator, *given, True)
+        return lambda: (operator(*given, False), tensors.x + tensors.residual)
+
+    return _program(contest, bind)
+
+
+def ipex_refusal(contest: Contest) -> str | None:
+    """Return why IPEX's functions do not compute a contest."""
+    return ipex.found().problem or ("IPEX's functions have no backward pass" if contest.pass_ == "backward" else None)
+
+
+def copy(contest: Contest) -> Program:
+    """A copy that reads and writes as many bytes as the contest moves."""
+    import torch
+
+    count = max(1, contest.moved_bytes // 2 // numpy_dtype(contest.dtype).itemsize)
+
+    def put(arrays: Arrays) -> tuple[Any, Any]:
+        # written, as memory that never was has no pages of its own
+        dtype = getattr(torch, contest.dtype)
+        return torch.ones(count, dtype=dtype), torch.ones(count, dtype=dtype)
+
+    return Program(put, lambda buffers: partial(buffers[1].copy_, buffers[0]), None)
+
+
+def _plain(contest: Contest) -> Callable[..., Any]:
+    """Return what users write without a fused function, of x, residual, weight and bias."""
+    import torch
+
+    hidden = (contest.case.hidden_size,)
+
+    def norm(h: Any, weight: Any, bias: Any) -> Any:
+        if contest.kind == "rms":
+            return torch.nn.functional.rms_norm(h, hidden, weight, contest.eps)
+        return torch.nn.functional.layer_norm(h, hidden, weight, bias, contest.eps)
+
+    def forward(x: Any, residual: Any, weight: Any, bias: Any) -> Any:
+        h = x + residual
+        return norm(h, weight, bias), h
+
+    def in_place(x: Any, residual: Any, weight: Any, bias: Any) -> Any:
+        residual += x
+        return norm(residual, weight, bias)
+
+    return in_place if contest.pass_ == "in-place" else forward
+
+
+def _program(contest: Contest, bind: Bind) -> Program:
+    if contest.pass_ == "backward":
+        return Program(_put, partial(_backward, bind), _gradients)
+    if contest.pass_ == "in-place":
+        return Program(_put, bind, _written, _reset)
+    return Program(_put, bind, lambda tensors, returned: _results(returned))
+
+
+def _put(arrays: Arrays) -> Arrays:
+    return arrays.map(lambda array: _shared(array).clone())
+
+
+def _reset(tensors: Arrays, arrays: Arrays) -> None:
+    tensors.x.copy_(_shared(arrays.x))
+    tensors.residual.copy_(_shared(arrays.residual))
+
+
+def _leaves(tensors: Arrays) -> list[Any]:
+    return [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors[:4]]
+
+
+def _backward(bind: Bind, tensors: Arrays) -> Call:
+    import torch
+
+    leaves = _leaves(tensors)
+    x, residual, weight, bias = leaves
+    outputs = bind(tensors._replace(x=x, residual=residual, weight=weight, bias=bias))()
+    return partial(torch.autograd.grad, outputs, [leaf for leaf in leaves if leaf is not None], tensors[4:])
+
+
+def _gradients(tensors: Arrays, returned: Any) -> dict[str, Any]:
+    return {name: _numpy(tensor) for name, tensor in zip(("dx", "dresidual", "dweight", "dbias"), returned, strict=False)}
+
+
+def _results(returned: Any) -> dict[str, Any]:
+    return {name: _numpy(tensor) for name, tensor in zip(("y", "residual_out"), returned, strict=True)}
+
+
+def _written(tensors: Arrays, returned: Any) -> dict[str, Any]:
+    """Return the results of a call in place: y is what it returned, or in x where that is the residual's pair or nothing."""
+    import torch
+
+    return _results((returned if isinstance(returned, torch.Tensor) else tensors.x, tensors.residual))
+
+
+def _shared(array: Any) -> Any:
+    """Return a NumPy array as a tensor over the same memory."""
+    import torch
+
+    # NumPy's bfloat16 is none of its own
+    if array.dtype == numpy_dtype("bfloat16"):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _numpy(tensor: Any) -> Any:
+    """Return the values of a tensor, in float32, which holds all dtypes here."""
+    return tensor.detach().float().numpy()
