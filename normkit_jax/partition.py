@@ -94,6 +94,29 @@ def needs_devices(primitive: Primitive) -> None:
     prim_requires_devices_during_lowering.add(primitive)
 
 
+def with_devices(context: Any) -> Any | None:
+    """Return the context of a lowering with the devices of its program, without which by_rows cannot partition.
+
+    JAX names them where a primitive needs_devices. Elsewhere their mesh is that of the operands, and any devices will do,
+    because XLA partitions by their places in the mesh; None if the operands are in no mesh, or there are too few devices.
+
+    Args:
+        context: what JAX gives to a lowering rule for a program of several devices.
+    """
+    axes = context.module_context.axis_context
+    if axes.device_assignment is not None:
+        return context
+    meshes = {array.sharding.mesh for array in context.avals_in} - {jax.sharding.AbstractMesh((), ())}
+    devices = tuple(jax.devices()[: axes.num_devices])
+    if len(meshes) != 1 or len(devices) < axes.num_devices:
+        return None
+    (mesh,) = meshes
+    if mesh.size != axes.num_devices:
+        return None
+    axes = replace(axes, device_assignment=devices, abstract_mesh=mesh)
+    return context.replace(module_context=context.module_context.replace(axis_context=axes))
+
+
 # What a device computes of its own rows, lowered outside of any mesh. In a mesh with explicit axes JAX would write shardings
 # into it, which are of no use in a program that is partitioned already, and which XLA does not take: in the computation that
 # adds two numbers for a psum they even end the process.

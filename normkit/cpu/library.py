@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..interface import Rejected
 from ..spec import Problem
@@ -24,11 +24,21 @@ _BACKWARD = Struct("=16q 3q d 7q 3q").pack
 
 
 class Library(NamedTuple):
-    """The functions of the kernels, which take the bytes of a struct and return 0, and the levels of instructions there are."""
+    """The compiled kernels.
+
+    Attributes:
+        forward: takes the bytes of a struct and returns 0.
+        backward: the same.
+        levels: the levels of instructions there are.
+        ffi_forward: forward as a handler of custom calls of XLA, whose address alone is of use.
+        ffi_backward: the same.
+    """
 
     forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
     levels: tuple[int, ...]
+    ffi_forward: Any
+    ffi_backward: Any
 
 
 class Missing(NamedTuple):
@@ -45,12 +55,13 @@ def load() -> Library | Missing:
     try:
         library = ctypes.CDLL(str(LIBRARY))
         functions = library.normkit_forward, library.normkit_backward
+        handlers = library.normkit_ffi_forward, library.normkit_ffi_backward
         levels = library.normkit_levels()
     except (OSError, AttributeError) as error:
         return Missing(f"its compiled kernels cannot be loaded: {error}; python -m normkit.cpu.build compiles them anew")
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    return Library(*functions, tuple(level for level in range(levels.bit_length()) if levels >> level & 1))
+    return Library(*functions, tuple(level for level in range(levels.bit_length()) if levels >> level & 1), *handlers)
 
 
 def supports(problem: Problem) -> Rejected | None:
@@ -67,14 +78,28 @@ def supports(problem: Problem) -> Rejected | None:
 
 def forward(
     problem: Problem,
-    pointers: tuple[int, ...],
+    pointers: Sequence[int],
     rows: tuple[int, ...],
     inner_rows: int,
     threads: int,
     gomp_parallel: int = 0,
     level: int = FASTEST,
 ) -> None:
-    """Run the forward kernels.
+    """Run the forward kernels; the arguments are those of `packed_forward`."""
+    if problem.rows:
+        _check(_loaded().forward(packed_forward(problem, pointers, rows, inner_rows, threads, gomp_parallel, level)))
+
+
+def packed_forward(
+    problem: Problem,
+    pointers: Sequence[int],
+    rows: tuple[int, ...],
+    inner_rows: int,
+    threads: int,
+    gomp_parallel: int = 0,
+    level: int = FASTEST,
+) -> bytes:
+    """Return a forward call as the kernels read it.
 
     Args:
         problem: the call.
@@ -85,29 +110,38 @@ def forward(
         gomp_parallel: address of GNU OpenMP's function whose threads to use; 0 for threads of our own.
         level: of instructions.
     """
-    spec, shape = problem.spec, problem.shape
-    hidden, count = shape[-1], problem.rows
-    if not count:
-        return
-    arguments = _FORWARD(
-        *pointers, *rows, count, inner_rows, hidden, spec.eps, spec.weight_offset,
+    spec = problem.spec
+    return _FORWARD(
+        *pointers, *rows, problem.rows, inner_rows, problem.hidden_size, spec.eps, spec.weight_offset,
         _CODES[problem.x_dtype], _CODES[problem.residual_dtype], _CODES[problem.weight_dtype], _CODES[problem.bias_dtype],
         _CODES[problem.out_dtype], _CODES[problem.residual_out_dtype],
         spec.kind == "layer", _ROUNDINGS[spec.rounding], threads, level, gomp_parallel,
     )  # fmt: skip
-    _check(_loaded().forward(arguments))
 
 
 def backward(
     problem: Problem,
-    pointers: tuple[int, ...],
+    pointers: Sequence[int],
     rows: tuple[int, ...],
     inner_rows: int,
     threads: int,
     gomp_parallel: int = 0,
     level: int = FASTEST,
 ) -> None:
-    """Run the backward kernels.
+    """Run the backward kernels; the arguments are those of `packed_backward`."""
+    _check(_loaded().backward(packed_backward(problem, pointers, rows, inner_rows, threads, gomp_parallel, level)))
+
+
+def packed_backward(
+    problem: Problem,
+    pointers: Sequence[int],
+    rows: tuple[int, ...],
+    inner_rows: int,
+    threads: int,
+    gomp_parallel: int = 0,
+    level: int = FASTEST,
+) -> bytes:
+    """Return a backward call as the kernels read it.
 
     Args:
         problem: the call.
@@ -115,17 +149,15 @@ def backward(
         rows: outer and inner stride of dy, dresidual_out and h, in elements; see `normkit.layout`.
         inner_rows: rows of the inner loop.
         threads: the most to use.
-        gomp_parallel: as in `forward`.
+        gomp_parallel: as in `packed_forward`.
         level: of instructions.
     """
-    spec = problem.spec
-    arguments = _BACKWARD(
-        *pointers, *rows, problem.rows, inner_rows, problem.hidden_size, spec.weight_offset,
+    return _BACKWARD(
+        *pointers, *rows, problem.rows, inner_rows, problem.hidden_size, problem.spec.weight_offset,
         _CODES[problem.out_dtype], _CODES[problem.h_dtype], _CODES[problem.weight_dtype],
         _CODES[problem.x_dtype], _CODES[problem.residual_dtype], _CODES[problem.weight_dtype], _CODES[problem.bias_dtype],
         threads, level, gomp_parallel,
     )  # fmt: skip
-    _check(_loaded().backward(arguments))
 
 
 def _loaded() -> Library:
