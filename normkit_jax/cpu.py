@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `cpu` implementation: the C++ kernels of normkit.cpu as custom calls in the compiled program, without Python in between."""
+"""The `cpu` implementation: the C++ kernels of normkit.cpu as custom calls in the compiled program."""
 
 from __future__ import annotations
 

@@ -158,9 +158,7 @@ def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., An
         axes = context.module_context.axis_context
         whole = bool(exported or getattr(axes, "manual_axes", None) or getattr(axes, "num_devices", 1) == 1)
         placed = context if whole else with_devices(context)
-        problem = replace(
-            problem, platform=device.PLATFORMS.get(platform, platform), portable=portable, spread=placed is None
-        )
+        problem = replace(problem, platform=device.PLATFORMS.get(platform, platform), portable=portable, spread=placed is None)
         kernels = dispatch.kernels_of(problem, implementation)
         if kernels is not reference:
             problem = replace(problem, arch=arch_of(problem.platform, device.lowered_for(context)))
