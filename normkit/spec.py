@@ -88,7 +88,7 @@ class Problem:
         needs_grad: whether a backward may follow, so that mean and rstd are wanted.
         in_place: whether y overwrites x, and residual_out the residual.
         portable: whether this is part of a program for other processes or several platforms, as `jax.export` makes it.
-        spread: whether this is part of a program for several devices of which it is not known how the arrays are spread over them.
+        spread: whether this is part of a program that spreads its arrays over several devices in a way which is not known.
     """
 
     spec: NormSpec
