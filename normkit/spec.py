@@ -88,6 +88,7 @@ class Problem:
         needs_grad: whether a backward may follow, so that mean and rstd are wanted.
         in_place: whether y overwrites x, and residual_out the residual.
         portable: whether this is part of a program for other processes or several platforms, as `jax.export` makes it.
+        spread: whether this is part of a program that spreads its arrays over several devices in a way which is not known.
     """
 
     spec: NormSpec
@@ -104,6 +105,7 @@ class Problem:
     needs_grad: bool = False
     in_place: bool = False
     portable: bool = False
+    spread: bool = False
 
     @property
     def hidden_size(self) -> int:

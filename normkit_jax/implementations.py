@@ -7,5 +7,6 @@ TABLE = (
     Implementation("ipex", "normkit.vendors.ipex", automatic=("xpu",)),
     Implementation("vllm", "normkit.vendors.vllm", automatic=("rocm", "xpu")),
     Implementation("triton", "normkit_jax.launch", automatic=("cuda", "rocm")),
+    Implementation("cpu", "normkit_jax.cpu", automatic=("cpu",)),
     Implementation("reference", "normkit.reference"),
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -46,7 +47,7 @@ def by_rows(
         return tuple(function(problem, *arrays))
 
     def partition(mesh: Any, operand_shapes: Any, result_shapes: Any) -> Any:
-        rows, hidden = _row_axes(operands, operand_shapes)
+        rows, hidden = _row_axes(operands, operand_shapes, mesh)
         summed = any(slot.kind == PARAMETER for slot in results)
         if summed:
             # what pads a device's share where the rows do not divide evenly must not be summed
@@ -81,7 +82,8 @@ def by_rows(
 
         return mesh, local, tuple(map(sharding, results)), tuple(map(sharding, operands))
 
-    whole.def_partition(partition=partition, sharding_rule=_rule(operands, results))
+    # the mesh may be that of the operands alone, and not tell how a program that has another one spreads them: see _spec
+    whole.def_partition(partition=partition, sharding_rule=_rule(operands, results), decode_shardings=False)
     return list(whole(*given))
 
 
@@ -92,6 +94,29 @@ def needs_devices(primitive: Primitive) -> None:
     there for a whole program, so this is for programs that may come to have kernels.
     """
     prim_requires_devices_during_lowering.add(primitive)
+
+
+def with_devices(context: Any) -> Any | None:
+    """Return the context of a lowering with the devices of its program, without which by_rows cannot partition.
+
+    JAX names them where a primitive needs_devices. Elsewhere their mesh is that of the operands, and any devices will do,
+    because XLA partitions by their places in the mesh; None if the operands are in no mesh, or there are too few devices.
+
+    Args:
+        context: what JAX gives to a lowering rule for a program of several devices.
+    """
+    axes = context.module_context.axis_context
+    if axes.device_assignment is not None:
+        return context
+    meshes = {array.sharding.mesh for array in context.avals_in} - {jax.sharding.AbstractMesh((), ())}
+    devices = tuple(jax.devices()[: axes.num_devices])
+    if len(meshes) != 1 or len(devices) < axes.num_devices:
+        return None
+    (mesh,) = meshes
+    if mesh.size != axes.num_devices:
+        return None
+    axes = replace(axes, device_assignment=devices, abstract_mesh=mesh)
+    return context.replace(module_context=context.module_context.replace(axis_context=axes))
 
 
 # What a device computes of its own rows, lowered outside of any mesh. In a mesh with explicit axes JAX would write shardings
@@ -128,18 +153,31 @@ def _devices(mesh: Any, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _row_axes(slots: Sequence[Slot], arrays: Sequence[Any]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+def _row_axes(slots: Sequence[Slot], arrays: Sequence[Any], mesh: Any) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
     """Return the mesh axes over which any operand has each leading dimension spread, and x has the last one."""
-    shardings = [array.sharding for slot, array in zip(slots, arrays, strict=True) if slot.kind == ROWS]
-    for sharding in shardings:
-        if not isinstance(sharding, NamedSharding):
-            raise UnsupportedError(
-                f"arrays sharded by a NamedSharding can be partitioned, and this one is by {type(sharding).__name__}: "
-                "use jax.shard_map, or implementation='reference'"
-            )
-    spec = common_spec([sharding.spec for sharding in shardings], len(arrays[0].shape))
+    if mesh.empty:
+        raise UnsupportedError(
+            "arrays sharded by a NamedSharding can be partitioned, and these are by another kind of sharding: "
+            "use jax.shard_map, or implementation='reference'"
+        )
+    specs = [_spec(array, mesh) for slot, array in zip(slots, arrays, strict=True) if slot.kind == ROWS]
+    spec = common_spec(specs, len(arrays[0].shape))
     axes = tuple(() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec)
     return axes[:-1], axes[-1]
+
+
+def _spec(array: Any, mesh: Any) -> PartitionSpec:
+    """Return how XLA has an array spread over a mesh; not at all, which is to gather it, where that is as over another mesh."""
+    try:
+        return parse_flatten_op_sharding(array.sharding._to_xla_hlo_sharding(array.ndim), mesh)[0]
+    except (AssertionError, LookupError, NotImplementedError, StopIteration, ValueError):
+        # what JAX raises, as the case may be, where a sharding is not one over the axes of the mesh
+        warnings.warn(
+            f"normkit's operands in a mesh of {dict(mesh.shape)} are spread as over another mesh: they are gathered first; "
+            "use one mesh in the program",
+            stacklevel=2,
+        )
+        return PartitionSpec()
 
 
 def common_spec(specs: Iterable[Any], dimensions: int) -> list[Any]:

@@ -24,7 +24,7 @@ from normkit.spec import Problem
 
 from . import device, dispatch
 from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot, backward_signature, forward_signature
-from .partition import by_rows, common_spec, needs_devices
+from .partition import by_rows, common_spec, needs_devices, with_devices
 from .target import arch_of, expected
 
 # JAX's names; "other" stands for every platform without kernels of its own, such as tpu.
@@ -153,16 +153,18 @@ def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., An
     def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> Any:
         exported = context.module_context.lowering_parameters.for_export
         portable = bool(exported or len(context.module_context.platforms) > 1)
-        problem = replace(problem, platform=device.PLATFORMS.get(platform, platform), portable=portable)
+        # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it. And
+        # where shard_map has taken some axes of a mesh already, XLA does not say how the others are used.
+        axes = context.module_context.axis_context
+        whole = bool(exported or getattr(axes, "manual_axes", None) or getattr(axes, "num_devices", 1) == 1)
+        placed = context if whole else with_devices(context)
+        problem = replace(problem, platform=device.PLATFORMS.get(platform, platform), portable=portable, spread=placed is None)
         kernels = dispatch.kernels_of(problem, implementation)
         if kernels is not reference:
             problem = replace(problem, arch=arch_of(problem.platform, device.lowered_for(context)))
-        # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it. And
-        # where shard_map has taken some axes of a mesh already, XLA does not say how the others are used.
-        taken = getattr(context.module_context.axis_context, "manual_axes", None)
-        whole = bool(exported or taken or not getattr(kernels, "PER_DEVICE", False))
+        whole = whole or not getattr(kernels, "PER_DEVICE", False)
         function = partial(run, problem, kernels, whole, **wanted)
-        return mlir.lower_fun(function, multiple_results=True)(context, *operands)
+        return mlir.lower_fun(function, multiple_results=True)(context if whole else placed, *operands)
 
     return rule
 

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_in_a_process(
-    *arguments: str, python: str = sys.executable, devices: int = 1, interpret: bool = False, timeout: float = 600
+    *arguments: str,
+    python: str = sys.executable,
+    devices: int = 1,
+    interpret: bool = False,
+    implementation: str = "reference",
+    timeout: float = 600,
 ) -> str:
     """Run pytest on the CPU and return what it printed.
 
@@ -24,7 +29,8 @@ def pytest_in_a_process(
         *arguments: what to run.
         python: the interpreter, of this environment or another one.
         devices: how many devices JAX sees.
-        interpret: whether Triton interprets its kernels.
+        interpret: whether Triton interprets its kernels, which tests/jax_devices then asks for.
+        implementation: what tests/jax_devices asks for otherwise.
         timeout: seconds.
 
     Raises:
@@ -32,6 +38,7 @@ def pytest_in_a_process(
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment["NORMKIT_TEST_IMPLEMENTATION"] = implementation
     if devices > 1:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if interpret:

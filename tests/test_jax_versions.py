@@ -31,7 +31,9 @@ RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "launches": ([name for name in FILES if (ROOT / name).exists()], {}),
     "numerics": (["tests/test_functional.py", "-k", "jax-reference and backward"], {}),
     "reference on eight devices": (["tests/jax_devices"], {"devices": 8}),
-    "kernels on eight devices": (["tests/jax_devices"], {"devices": 8, "interpret": True}),
+    "cpu kernels": (["tests/test_jax_cpu.py"], {}),
+    "cpu kernels on eight devices": (["tests/jax_devices"], {"devices": 8, "implementation": "cpu"}),
+    "triton kernels on eight devices": (["tests/jax_devices"], {"devices": 8, "interpret": True}),
 }
 
 pytestmark = pytest.mark.skipif(

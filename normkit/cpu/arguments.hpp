@@ -18,11 +18,12 @@ struct Forward {
     const void *x, *residual, *weight, *bias;
     void *y, *residual_out;
     float *mean, *rstd;
+    int64_t threads;
     Rows x_rows, residual_rows, y_rows, residual_out_rows;
     int64_t rows, inner_rows, hidden;
     double eps, weight_offset;
     int64_t x_dtype, residual_dtype, weight_dtype, bias_dtype, y_dtype, residual_out_dtype;
-    int64_t subtract_mean, rounding, threads, level;
+    int64_t subtract_mean, rounding, level;
     OpenMP openmp;
 };
 
@@ -31,11 +32,12 @@ struct Backward {
     const void *dy, *dresidual_out, *h, *weight;
     const float *mean, *rstd;
     void *dx, *dresidual, *dweight, *dbias;
+    int64_t threads;
     Rows dy_rows, dresidual_out_rows, h_rows;
     int64_t rows, inner_rows, hidden;
     double weight_offset;
     int64_t dy_dtype, h_dtype, weight_dtype, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype;
-    int64_t threads, level;
+    int64_t level;
     OpenMP openmp;
 };
 

@@ -63,7 +63,7 @@ def build(extra: Sequence[str] = (), library: Path = LIBRARY) -> Path:
     command = compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     common = [*_FLAGS, *(["-DNORMKIT_X86"] if x86 else []), *extra]
-    units: list[tuple[str, tuple[str, ...]]] = [("kernels.cpp", ()), ("threads.cpp", ())]
+    units: list[tuple[str, tuple[str, ...]]] = [("kernels.cpp", ()), ("threads.cpp", ()), ("ffi.cpp", ())]
     units += [("rows.cpp", (f"-DLEVEL={name}", *flags)) for name, flags in _LEVELS.items() if x86 or not flags]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         objects = [str(Path(folder) / f"{number}.o") for number in range(len(units))]

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..interface import Rejected
 from ..spec import Problem
@@ -20,17 +20,32 @@ OWN_THREADS = (0, 0)
 
 _CODES = {None: 0, "float32": 0, "bfloat16": 1, "float16": 2}
 _ROUNDINGS = {None: 0, "sum": 0, "stored": 1, "hf": 2}
-# the fields of the structs of arguments.hpp
-_FORWARD = Struct("=16q 3q 2d 6q 6q").pack
-_BACKWARD = Struct("=16q 3q d 7q 4q").pack
+# the fields of the structs of arguments.hpp; those that change from one call to the next come first
+_POINTERS = Struct("=8q q")
+_FORWARD = Struct("=8q q 8q 3q 2d 6q 5q").pack
+_BACKWARD = Struct("=10q q 6q 3q d 7q 3q").pack
+# elements of a call that is done in a few microseconds, on one thread
+_QUICK = 24576
 
 
 class Library(NamedTuple):
-    """The functions of the kernels, which take the bytes of a struct and return 0, and the levels of instructions there are."""
+    """The compiled kernels.
+
+    Attributes:
+        forward: takes the bytes of a struct and returns 0.
+        quick_forward: the same, for which no other Python thread runs meanwhile: to let go of the interpreter takes its time.
+        backward: as forward.
+        levels: the levels of instructions there are.
+        ffi_forward: forward as a handler of custom calls of XLA, whose address alone is of use.
+        ffi_backward: the same.
+    """
 
     forward: Callable[[bytes], int]
+    quick_forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
     levels: tuple[int, ...]
+    ffi_forward: Any
+    ffi_backward: Any
 
 
 class Missing(NamedTuple):
@@ -46,13 +61,15 @@ def load() -> Library | Missing:
         return Missing("its kernels are not compiled: install a C++ compiler, then python -m normkit.cpu.build")
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        functions = library.normkit_forward, library.normkit_backward
+        quick = ctypes.PyDLL(str(LIBRARY)).normkit_forward
+        functions = library.normkit_forward, quick, library.normkit_backward
+        handlers = library.normkit_ffi_forward, library.normkit_ffi_backward
         levels = library.normkit_levels()
     except (OSError, AttributeError) as error:
         return Missing(f"its compiled kernels cannot be loaded: {error}; python -m normkit.cpu.build compiles them anew")
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    return Library(*functions, tuple(level for level in range(levels.bit_length()) if levels >> level & 1))
+    return Library(*functions, tuple(level for level in range(levels.bit_length()) if levels >> level & 1), *handlers)
 
 
 def supports(problem: Problem) -> Rejected | None:
@@ -69,14 +86,28 @@ def supports(problem: Problem) -> Rejected | None:
 
 def forward(
     problem: Problem,
-    pointers: tuple[int, ...],
+    pointers: Sequence[int],
     rows: tuple[int, ...],
     inner_rows: int,
     threads: int,
     openmp: tuple[int, int] = OWN_THREADS,
     level: int = FASTEST,
 ) -> None:
-    """Run the forward kernels.
+    """Run the forward kernels; the arguments are those of `packed_forward`."""
+    if problem.rows:
+        _check(_loaded().forward(packed_forward(problem, pointers, rows, inner_rows, threads, openmp, level)))
+
+
+def packed_forward(
+    problem: Problem,
+    pointers: Sequence[int],
+    rows: tuple[int, ...],
+    inner_rows: int,
+    threads: int,
+    openmp: tuple[int, int] = OWN_THREADS,
+    level: int = FASTEST,
+) -> bytes:
+    """Return a forward call as the kernels read it.
 
     Args:
         problem: the call.
@@ -87,29 +118,52 @@ def forward(
         openmp: addresses of GNU OpenMP's GOMP_parallel and omp_get_thread_num, to use its threads; 0 for threads of our own.
         level: of instructions.
     """
-    spec, shape = problem.spec, problem.shape
-    hidden, count = shape[-1], problem.rows
-    if not count:
-        return
-    arguments = _FORWARD(
-        *pointers, *rows, count, inner_rows, hidden, spec.eps, spec.weight_offset,
+    spec = problem.spec
+    return _FORWARD(
+        *pointers, threads, *rows, problem.rows, inner_rows, problem.hidden_size, spec.eps, spec.weight_offset,
         _CODES[problem.x_dtype], _CODES[problem.residual_dtype], _CODES[problem.weight_dtype], _CODES[problem.bias_dtype],
         _CODES[problem.out_dtype], _CODES[problem.residual_out_dtype],
-        spec.kind == "layer", _ROUNDINGS[spec.rounding], threads, level, *openmp,
+        spec.kind == "layer", _ROUNDINGS[spec.rounding], level, *openmp,
     )  # fmt: skip
-    _check(_loaded().forward(arguments))
+
+
+def launcher(problem: Problem, openmp: tuple[int, int]) -> Callable[..., None]:
+    """Return launch(threads, *pointers), which runs the forward kernels for contiguous arrays; see `packed_forward`."""
+    rows = (problem.hidden_size, 0) * 4
+    rest = packed_forward(problem, (0,) * 8, rows, 1, 0, openmp)[_POINTERS.size :]
+    library, pack = _loaded(), _POINTERS.pack
+    run = library.quick_forward if problem.rows * problem.hidden_size < _QUICK else library.forward
+
+    def launch(threads: int, *pointers: int) -> None:
+        if status := run(pack(*pointers, threads) + rest):
+            _check(status)
+
+    return launch
 
 
 def backward(
     problem: Problem,
-    pointers: tuple[int, ...],
+    pointers: Sequence[int],
     rows: tuple[int, ...],
     inner_rows: int,
     threads: int,
     openmp: tuple[int, int] = OWN_THREADS,
     level: int = FASTEST,
 ) -> None:
-    """Run the backward kernels.
+    """Run the backward kernels; the arguments are those of `packed_backward`."""
+    _check(_loaded().backward(packed_backward(problem, pointers, rows, inner_rows, threads, openmp, level)))
+
+
+def packed_backward(
+    problem: Problem,
+    pointers: Sequence[int],
+    rows: tuple[int, ...],
+    inner_rows: int,
+    threads: int,
+    openmp: tuple[int, int] = OWN_THREADS,
+    level: int = FASTEST,
+) -> bytes:
+    """Return a backward call as the kernels read it.
 
     Args:
         problem: the call.
@@ -117,17 +171,15 @@ def backward(
         rows: outer and inner stride of dy, dresidual_out and h, in elements; see `normkit.layout`.
         inner_rows: rows of the inner loop.
         threads: the most to use.
-        openmp: as in `forward`.
+        openmp: as in `packed_forward`.
         level: of instructions.
     """
-    spec = problem.spec
-    arguments = _BACKWARD(
-        *pointers, *rows, problem.rows, inner_rows, problem.hidden_size, spec.weight_offset,
+    return _BACKWARD(
+        *pointers, threads, *rows, problem.rows, inner_rows, problem.hidden_size, problem.spec.weight_offset,
         _CODES[problem.out_dtype], _CODES[problem.h_dtype], _CODES[problem.weight_dtype],
         _CODES[problem.x_dtype], _CODES[problem.residual_dtype], _CODES[problem.weight_dtype], _CODES[problem.bias_dtype],
-        threads, level, *openmp,
+        level, *openmp,
     )  # fmt: skip
-    _check(_loaded().backward(arguments))
 
 
 def _loaded() -> Library:

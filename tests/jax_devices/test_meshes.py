@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import Counter
@@ -17,10 +16,12 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normkit_jax
+from normkit.errors import UnsupportedError
 
-KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLEMENTATION = "triton" if KERNELS else "reference"
-REFERENCE_ONLY = pytest.mark.skipif(KERNELS, reason="JAX wants one mesh of real devices where there are kernels")
+from .conftest import IMPLEMENTATION
+
+NOT_TRITON = pytest.mark.skipif(IMPLEMENTATION == "triton", reason="JAX wants one mesh of real devices for these kernels")
+CPU_ONLY = pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="of the kernels that find the mesh for themselves")
 
 
 def mesh_of(axis_type: Any = AxisType.Auto) -> Any:
@@ -68,7 +69,12 @@ def test_gradients_where_not_every_array_has_the_mesh(constrained: str, jitted: 
         with jax.set_mesh(mesh):
             return gradient(given, weight)
 
-    for found, expected in zip(gradients(norm), gradients(plain), strict=True):
+    function = norm
+    if IMPLEMENTATION == "cpu" and constrained == "y" and jitted:
+        with pytest.raises(UnsupportedError, match="no array of this call is in a mesh of them while JAX traces"):
+            gradients(norm)
+        function = normkit_jax.rms_norm
+    for found, expected in zip(gradients(function), gradients(plain), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -111,8 +117,8 @@ def test_shard_map_over_some_axes(manual: set[str]) -> None:
     assert not communication(mapped, jax.device_put(x, NamedSharding(mesh, P("a"))), weight)
 
 
-@REFERENCE_ONLY
-def test_an_abstract_mesh_and_two_meshes_where_there_are_no_kernels() -> None:
+@NOT_TRITON
+def test_an_abstract_mesh_and_two_meshes_in_one_program() -> None:
     abstract = NamedSharding(AbstractMesh((8,), ("a",)), P("a"))
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=abstract)
     assert jax.jit(normkit_jax.rms_norm).trace(x).lower(lowering_platforms=("tpu",)).as_text()
@@ -120,6 +126,39 @@ def test_an_abstract_mesh_and_two_meshes_where_there_are_no_kernels() -> None:
     weight = jax.device_put(normal(64), NamedSharding(one, P()))
     rows = jax.device_put(normal(16, 64), NamedSharding(other, P("a", "b")))
     assert jax.jit(normkit_jax.rms_norm)(rows, weight).shape == (16, 64)
+
+
+@CPU_ONLY
+def test_rows_that_another_mesh_spreads_are_gathered_with_a_warning() -> None:
+    mesh, other = mesh_of(), jax.make_mesh((2, 4), ("c", "d"), axis_types=(AxisType.Auto,) * 2)
+    x, weight = normal(16, 64), normal(64)
+
+    def function(x: Any, weight: Any) -> Any:
+        constrain: Any = jax.lax.with_sharding_constraint
+        y = norm(2 * x, constrain(2 * weight, NamedSharding(mesh, P())))
+        return 2 * constrain(y, NamedSharding(other, P("c")))
+
+    with pytest.warns(UserWarning, match="spread as over another mesh"):
+        found = jax.jit(function)(x, weight)
+    np.testing.assert_array_equal(found, 2 * norm(2 * x, 2 * weight))
+
+
+@CPU_ONLY
+def test_the_automatic_choice_has_the_kernels_where_the_mesh_is_known(selected: list[str]) -> None:
+    mesh = mesh_of()
+    given = normal(16, 64), normal(64)
+    spread = jax.device_put(given[0], NamedSharding(mesh, P("a")))
+    compiled: Any = jax.jit(normkit_jax.rms_norm)
+    assert "normkit_cpu_forward" in compiled.lower(spread, given[1]).compile().as_text()
+    assert "CustomSPMDPartitioning" not in compiled.lower(*given).as_text()
+    np.testing.assert_array_equal(compiled(spread, given[1]), norm(*given))
+    np.testing.assert_array_equal(normkit_jax.rms_norm(spread, given[1]), norm(*given))
+    assert set(selected) == {"cpu"}
+    # too few devices to stand for those of the mesh
+    larger = NamedSharding(AbstractMesh((64,), ("a",)), P("a"))
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=larger)
+    assert "custom_call @normkit" not in compiled.trace(x).lower(lowering_platforms=("cpu",)).as_text()
+    assert selected[-1] == "reference"
 
 
 def test_rows_are_spread_like_those_of_any_operand() -> None:
@@ -144,7 +183,7 @@ def test_a_sharded_weight_is_gathered_and_nothing_else(spec: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = communication(lambda x, matrix, weight: norm(x @ matrix, weight), x, matrix, weight)
-    if KERNELS:
+    if IMPLEMENTATION != "reference":
         assert set(found) == {("all-gather", "f32[128]")}
 
 

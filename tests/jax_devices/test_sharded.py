@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharded arrays give what whole ones give, and the compiled program communicates no more than the mathematics asks for.
 
-With TRITON_INTERPRET=1 the kernels run, otherwise the reference does.
+With the kernels of an implementation, or with the reference.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import Counter
@@ -24,8 +23,8 @@ from normkit.tolerance import expected_backward, expected_forward, worst
 
 from ..cases import Case, NumpyArray
 from ..frameworks import Jax
+from .conftest import IMPLEMENTATION
 
-IMPLEMENTATION = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
 CASES = (
     Case("sharded_rms", "rms", (8, 4, 64), residual="float32", weight_offset=1.0),
@@ -132,7 +131,7 @@ def test_sharded_columns_are_gathered_for_kernels(case: Case, rows: Any, weight:
         compiled = jax.jit(partial(everything, case, tuple(arrays))).lower(*arrays.values()).compile()
         results = compiled(*arrays.values())
     said = ["they are gathered first, because a norm needs whole rows" in str(warning.message) for warning in caught]
-    if IMPLEMENTATION == "triton":
+    if IMPLEMENTATION != "reference":
         assert len(said) == 3
         assert all(said)
         assert set(communication(compiled_forward)) == {"all-gather"}
@@ -142,7 +141,7 @@ def test_sharded_columns_are_gathered_for_kernels(case: Case, rows: Any, weight:
         assert set(communication(compiled_forward)) == {"all-reduce"}
         # in a mesh with explicit axes, the gradient of a whole weight is whole again
         assert set(communication(compiled)) - {"all-gather"} == {"all-reduce"}
-    check(case, results, same_rows=IMPLEMENTATION == "triton")
+    check(case, results, same_rows=IMPLEMENTATION != "reference")
 
 
 @pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "unchecked"])

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels as custom calls of XLA: handlers whose one attribute is the packed call, with 1 for the pointer of each array that
+// there is. Operands and results come in the order of these pointers.
+#include <cfenv>
+#include <cstring>
+
+#include "arguments.hpp"
+#include "xla_ffi.hpp"
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED int normkit_forward(const Forward *);
+EXPORTED int normkit_backward(const Backward *);
+
+namespace {
+
+using namespace xla_ffi;
+
+// XLA's threads round subnormal numbers to zero. The threads that a call starts take its arithmetic over, for good.
+class IeeeArithmetic {
+  public:
+    IeeeArithmetic() {
+        std::fegetenv(&before_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~IeeeArithmetic() { std::fesetenv(&before_); }
+
+  private:
+    std::fenv_t before_;
+};
+
+Error *error(const CallFrame *frame, ErrorCode code, const char *message) {
+    ErrorArguments arguments{sizeof(ErrorArguments), nullptr, message, code};
+    return frame->api->create_error(&arguments);
+}
+
+bool is_metadata_query(const CallFrame *frame) { return frame->extension && frame->extension->type == METADATA; }
+
+Error *answer(const CallFrame *frame) {
+    Metadata *metadata = reinterpret_cast<MetadataExtension *>(frame->extension)->metadata;
+    metadata->version.major = MAJOR;
+    metadata->version.minor = MINOR;
+    metadata->traits = 0;
+    if (metadata->struct_size >= sizeof(Metadata)) {
+        metadata->state_type = 0;
+    }
+    return nullptr;
+}
+
+// Put the next buffer's address where a 1 says that there is one; whether the buffers are as many as there should be.
+bool fill_in(int64_t *pointers, int64_t count, const Buffers &buffers) {
+    int64_t used = 0;
+    for (int64_t index = 0; index < count; ++index) {
+        if (pointers[index]) {
+            if (used == buffers.count || buffers.types[used] != BUFFER) {
+                return false;
+            }
+            pointers[index] = int64_t(reinterpret_cast<intptr_t>(buffers.buffers[used++]->data));
+        }
+    }
+    return used == buffers.count;
+}
+
+int64_t elements(const Buffer &buffer) {
+    int64_t count = 1;
+    for (int64_t index = 0; index < buffer.rank; ++index) {
+        count *= buffer.sizes[index];
+    }
+    return count;
+}
+
+template <class Call>
+Error *run(const CallFrame *frame, int64_t operands, int64_t results, int (*kernel)(const Call *)) {
+    if (is_metadata_query(frame)) {
+        return answer(frame);
+    }
+    constexpr size_t WORDS = sizeof(Call) / sizeof(int64_t);
+    const Attributes &attributes = frame->attributes;
+    if (frame->struct_size < sizeof(CallFrame) || attributes.count != 1 || attributes.types[0] != ARRAY ||
+        attributes.values[0]->dtype != INT64 || attributes.values[0]->count != WORDS) {
+        return error(frame, INVALID_ARGUMENT, "normkit's custom call was made by another version of normkit");
+    }
+    int64_t words[WORDS];
+    std::memcpy(words, attributes.values[0]->values, sizeof words);
+    Call call;
+    bool filled = fill_in(words, operands, frame->operands) && fill_in(words + operands, results, frame->results);
+    std::memcpy(&call, words, sizeof call);
+    if (!filled || elements(*frame->operands.buffers[0]) != call.rows * call.hidden) {
+        return error(frame, INVALID_ARGUMENT, "normkit's custom call was given other arrays than those it was made for");
+    }
+    IeeeArithmetic arithmetic;
+    switch (kernel(&call)) {
+        case 0:
+            return nullptr;
+        case 1:
+            return error(frame, RESOURCE_EXHAUSTED, "the CPU kernels could not allocate their scratch memory");
+        default:
+            return error(frame, FAILED_PRECONDITION, "this processor lacks the instructions that were asked for");
+    }
+}
+
+}  // namespace
+
+EXPORTED Error *normkit_ffi_forward(CallFrame *frame) { return run<Forward>(frame, 4, 4, normkit_forward); }
+EXPORTED Error *normkit_ffi_backward(CallFrame *frame) { return run<Backward>(frame, 6, 4, normkit_backward); }

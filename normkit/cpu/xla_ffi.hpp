@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a custom call on the CPU sees of XLA: the part used here of XLA's FFI interface, whose layout in memory is stable.
+// Source of these facts: xla/ffi/api/c_api.h in the folder jax.ffi.include_dir(), which is not there where normkit is compiled.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace xla_ffi {
+
+// The oldest version that has all of this; XLA refuses a handler whose version it no longer supports.
+constexpr int MAJOR = 0, MINOR = 1;
+
+// struct_size is that of the caller's struct: fields that later versions add come at the end.
+struct Extension {
+    size_t struct_size;
+    int32_t type;
+    Extension *next;
+};
+constexpr int32_t METADATA = 1;
+
+struct Version {
+    size_t struct_size;
+    Extension *extension;
+    int major, minor;
+};
+
+struct Metadata {
+    size_t struct_size;
+    Version version;
+    uint32_t traits;
+    int64_t state_type;
+};
+
+struct MetadataExtension {
+    Extension base;
+    Metadata *metadata;
+};
+
+struct Error;
+enum ErrorCode : int32_t { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, FAILED_PRECONDITION = 9 };
+
+struct ErrorArguments {
+    size_t struct_size;
+    Extension *extension;
+    const char *message;
+    ErrorCode code;
+};
+
+// The first of many functions.
+struct Api {
+    size_t struct_size;
+    Extension *extension;
+    Version version;
+    const void *internal;
+    Error *(*create_error)(ErrorArguments *);
+};
+
+struct Buffer {
+    size_t struct_size;
+    Extension *extension;
+    int32_t dtype;
+    void *data;
+    int64_t rank;
+    int64_t *sizes;
+};
+
+// Operands, or results; types are all 1, for a Buffer.
+struct Buffers {
+    size_t struct_size;
+    Extension *extension;
+    int64_t count;
+    int32_t *types;
+    Buffer **buffers;
+};
+
+struct Array {
+    int32_t dtype;
+    size_t count;
+    const void *values;
+};
+constexpr int32_t BUFFER = 1, ARRAY = 1, INT64 = 5;
+
+struct Attributes {
+    size_t struct_size;
+    Extension *extension;
+    int64_t count;
+    int32_t *types;
+    void **names;
+    Array **values;
+};
+
+struct CallFrame {
+    size_t struct_size;
+    Extension *extension;
+    const Api *api;
+    void *context;
+    int32_t stage;
+    Buffers operands, results;
+    Attributes attributes;
+};
+
+}  // namespace xla_ffi
