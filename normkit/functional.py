@@ -41,7 +41,7 @@ def rms_norm(
         array([[0.2, 1.4]], dtype=float32)
     """
     return compute(
-        Call("rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out)
+        "rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out
     )
 
 
@@ -71,7 +71,7 @@ def layer_norm(
         array([[-1.225,  0.   ,  1.225]], dtype=float32)
     """
     return compute(
-        Call("layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out)
+        "layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out
     )
 
 
@@ -135,21 +135,19 @@ def add_rms_norm(
         True
     """
     return compute(
-        Call(
-            "add_rms_norm",
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            rounding,
-            residual_dtype,
-            out_dtype,
-            implementation,
-            out,
-            residual_out,
-        )
+        "add_rms_norm",
+        x,
+        residual,
+        weight,
+        bias,
+        eps,
+        weight_offset,
+        rounding,
+        residual_dtype,
+        out_dtype,
+        implementation,
+        out,
+        residual_out,
     )
 
 
@@ -183,21 +181,19 @@ def add_layer_norm(
         (array([[-1.225,  0.   ,  1.225]], dtype=float32), array([[2., 4., 6.]], dtype=float32))
     """
     return compute(
-        Call(
-            "add_layer_norm",
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            rounding,
-            residual_dtype,
-            out_dtype,
-            implementation,
-            out,
-            residual_out,
-        )
+        "add_layer_norm",
+        x,
+        residual,
+        weight,
+        bias,
+        eps,
+        weight_offset,
+        rounding,
+        residual_dtype,
+        out_dtype,
+        implementation,
+        out,
+        residual_out,
     )
 
 
@@ -225,11 +221,12 @@ def explain(function: str, x: Array, *arrays: Array | None, **options: Any) -> l
     return registry.explain(dispatch.problem_of(dispatch.as_numpy(bind(globals(), function, x, *arrays, **options))), TABLE)
 
 
-def compute(call: Call) -> Any:
-    """Compute a call on NumPy arrays, or hand it to the front end of its arrays' framework."""
+def compute(*arguments: Any) -> Any:
+    """Compute a call, whose arguments are those of `Call`: on NumPy arrays, or by the front end of its arrays' framework."""
+    call = Call(*arguments)
     front_end = _front_end(call.x, call.out, call.residual_out)
     if front_end:
-        return front_end.functional.compute(call)
+        return front_end.functional.compute(*arguments)
     call = dispatch.as_numpy(call)
     return call.result(dispatch.forward_into(call) if call.writes else dispatch.forward(call))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from normkit.interface import Forward, Gradients, Wanted
 from normkit.layout import row_layout
 from normkit.spec import Problem
 
-__all__ = ["backward", "forward", "forward_", "forward_into", "supports"]
+__all__ = ["backward", "forward", "forward_", "forward_into", "launcher", "supports"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _openmp() -> tuple[int, int]:
-    """Return the addresses of GNU OpenMP's functions in this process, whose threads torch uses too; 0 if it is another OpenMP."""
+    """Return the addresses of GNU OpenMP's functions in this process, whose threads torch uses; 0 if it has another."""
     process = ctypes.CDLL(None)
     functions = [getattr(process, name, None) for name in ("GOMP_parallel", "omp_get_thread_num")]
     parallel, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 if function else 0 for function in functions)
@@ -33,14 +34,13 @@ _OPENMP = _openmp()
 
 def forward(problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Forward:
     """Compute y, residual_out and, if a backward may follow, the statistics."""
-    shape, wanted = problem.shape, problem.residual_out_dtype
-    y = torch.empty(shape, dtype=_DTYPES[problem.out_dtype])
-    residual_out = torch.empty(shape, dtype=_DTYPES[wanted]) if wanted else None
-    mean = rstd = None
-    if problem.needs_grad:
-        rstd = torch.empty(shape[:-1])
-        mean = torch.empty(shape[:-1]) if problem.spec.subtract_mean else None
-    out = Forward(y, residual_out, mean, rstd)
+    statistics = "float32" if problem.needs_grad else None
+    out = Forward(
+        _new(problem.shape, problem.out_dtype),
+        _new(problem.shape, problem.residual_out_dtype),
+        _new(problem.shape[:-1], statistics if problem.spec.subtract_mean else None),
+        _new(problem.shape[:-1], statistics),
+    )
     forward_into(problem, x, residual, weight, bias, out)
     return out
 
@@ -79,6 +79,11 @@ def forward_into(
         out.y.copy_(y)
     if out.residual_out is not None and out.residual_out is not residual_out:
         out.residual_out.copy_(residual_out)
+
+
+def launcher(problem: Problem) -> Callable[..., None]:
+    """Return what runs the kernels for contiguous tensors, by their addresses; see `normkit_torch.prepared.Launch`."""
+    return library.launcher(problem, torch.get_num_threads, _OPENMP)
 
 
 def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Any], int, tuple[int, ...]]:
@@ -125,4 +130,4 @@ def backward(
 
 
 def _new(shape: tuple[int, ...], dtype: str | None) -> Tensor | None:
-    return None if dtype is None else torch.empty(shape, dtype=_DTYPES[dtype])
+    return None if dtype is None else torch.empty(shape, dtype=_DTYPES[dtype], device="cpu")

@@ -15,7 +15,7 @@ from normkit.errors import DtypeError
 from normkit.interface import Forward, Gradients, Kernels, Wanted
 from normkit.spec import Operand, Problem
 
-from . import device
+from . import device, prepared
 from .implementations import TABLE
 from .memory import check_writes
 
@@ -59,7 +59,10 @@ def layout_of(tensors: list[Tensor]) -> str:
 def forward(call: Call, needs_grad: bool) -> Forward:
     """Choose an implementation and compute; the results are contiguous, with statistics where a backward may follow."""
     problem = problem_of(call, needs_grad)
-    return _forward(call, problem, registry.select(problem, TABLE, call.implementation).load())
+    kernels = registry.select(problem, TABLE, call.implementation).load()
+    computed = _forward(call, problem, kernels)
+    prepared.keep(call, problem, kernels)
+    return computed
 
 
 def _forward(call: Call, problem: Problem, kernels: Kernels) -> Forward:
@@ -74,6 +77,7 @@ def forward_(call: Call) -> None:
     check_writes(call)
     kernels = registry.select(problem, TABLE, call.implementation).load()
     kernels.forward_(problem, call.x, call.residual, call.weight, call.bias)
+    prepared.keep(call, problem, kernels)
     _count_as_written(call.x, call.residual)
 
 
@@ -87,6 +91,7 @@ def forward_into(call: Call) -> Forward:
     x = call.x
     out = call.room(problem, lambda dtype: torch.empty(problem.shape, dtype=getattr(torch, dtype), device=x.device))
     kernels.forward_into(problem, x, call.residual, call.weight, call.bias, out)
+    prepared.keep(call, problem, kernels)
     _count_as_written(*call.outputs.values())
     return call.written(out)
 

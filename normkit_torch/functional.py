@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normkit import registry
-from normkit.call import Call, bind
+from normkit.call import bind
 from normkit.registry import Verdict
 
 from . import dispatch
@@ -42,7 +42,7 @@ def rms_norm(
         tensor([[0.2000, 1.4000]])
     """
     return compute(
-        Call("rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out)
+        "rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out
     )
 
 
@@ -72,7 +72,7 @@ def layer_norm(
         tensor([[-1.2247,  0.0000,  1.2247]])
     """
     return compute(
-        Call("layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out)
+        "layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out
     )
 
 
@@ -137,21 +137,19 @@ def add_rms_norm(
         True
     """
     return compute(
-        Call(
-            "add_rms_norm",
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            rounding,
-            residual_dtype,
-            out_dtype,
-            implementation,
-            out,
-            residual_out,
-        )
+        "add_rms_norm",
+        x,
+        residual,
+        weight,
+        bias,
+        eps,
+        weight_offset,
+        rounding,
+        residual_dtype,
+        out_dtype,
+        implementation,
+        out,
+        residual_out,
     )
 
 
@@ -184,21 +182,19 @@ def add_layer_norm(
         (tensor([[-1.2247,  0.0000,  1.2247]]), tensor([[2., 4., 6.]]))
     """
     return compute(
-        Call(
-            "add_layer_norm",
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            rounding,
-            residual_dtype,
-            out_dtype,
-            implementation,
-            out,
-            residual_out,
-        )
+        "add_layer_norm",
+        x,
+        residual,
+        weight,
+        bias,
+        eps,
+        weight_offset,
+        rounding,
+        residual_dtype,
+        out_dtype,
+        implementation,
+        out,
+        residual_out,
     )
 
 
@@ -228,7 +224,7 @@ def add_rms_norm_(
         >>> y is x, residual
         (True, tensor([[1., 7.]]))
     """
-    return compute(Call("add_rms_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation))
+    return compute("add_rms_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation)
 
 
 def add_layer_norm_(
@@ -250,7 +246,7 @@ def add_layer_norm_(
         >>> add_layer_norm_(x, residual, eps=0.0)
         (tensor([[-1.,  1.]]), tensor([[1., 7.]]))
     """
-    return compute(Call("add_layer_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation))
+    return compute("add_layer_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation)
 
 
 def explain(function: str, x: Tensor, *arrays: Tensor | None, **options: Any) -> list[Verdict]:

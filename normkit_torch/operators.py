@@ -19,7 +19,7 @@ from normkit.call import Call
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
-from . import device, dispatch
+from . import device, dispatch, prepared
 from .implementations import TABLE
 from .memory import check_writes
 
@@ -84,7 +84,9 @@ def _pack(like: Tensor, results: Iterable[Tensor | None]) -> Four:
 
 def _norm(*arguments: Any) -> Four:
     *call, needs_grad = arguments
-    return _pack(arguments[0], dispatch.forward(_call(*call), needs_grad))
+    *tensors, function = call[:5]
+    computed = prepared.forward(function, *tensors, *call[5:], needs_grad=needs_grad)
+    return _pack(arguments[0], computed or dispatch.forward(_call(*call), needs_grad))
 
 
 def _call(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, function: str, *options: Any) -> Call:
@@ -112,7 +114,9 @@ def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
 
 
 def _norm_in_place(*call: Any) -> None:
-    dispatch.forward_(_call(*call))
+    *tensors, function = call[:5]
+    if prepared.forward(function, *tensors, *call[5:]) is None:
+        dispatch.forward_(_call(*call))
 
 
 def _norm_in_place_fake(*call: Any) -> None:

@@ -13,10 +13,19 @@ from normkit import reference
 from normkit.call import Call
 from normkit.errors import OptionError, UnsupportedError
 
-from . import dispatch, operators
+from . import dispatch, operators, prepared
 
 
-def compute(call: Call) -> Any:
+def compute(function: str, x: Any, residual: Any, *rest: Any) -> Any:
+    """Compute a call, whose arguments are those of `normkit.call.Call`: at once if one like it was computed before."""
+    made = None if _is_observed() else prepared.forward(function, x, residual, *rest)
+    if made is None:
+        return _compute(Call(function, x, residual, *rest))
+    y, residual_out, _, _ = made
+    return (y, x if residual_out is None else residual_out) if function.startswith("add_") else y
+
+
+def _compute(call: Call) -> Any:
     """Compute a call: at once in plain eager code, through the operators where autograd or a tracer must see it."""
     grad = needs_grad(call)
     if grad and call.writes:
@@ -71,11 +80,20 @@ def needs_grad(call: Call) -> bool:
     )
 
 
+def _is_observed() -> bool:
+    """Whether a tracer, a dispatch mode or a transform has to see the call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def _is_plain(call: Call) -> bool:
     """Whether nothing but this function needs to know of the call: no tracer, no dispatch mode, no subclass, no lazy sign."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        _is_observed()
         or any(
             type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg()
             for tensor in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)

@@ -45,8 +45,14 @@ def ledger() -> Ledger:
 
 @pytest.fixture
 def selected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the implementations that the registry chose during the test, in order."""
+    """The names of the implementations that the registry chose during the test, in order; no call is one prepared before."""
     from normkit import registry
+
+    if find_spec("torch"):
+        from normkit_torch import prepared
+
+        monkeypatch.setattr(prepared, "keep", lambda *_: None)
+        monkeypatch.setattr(prepared, "_calls", {})
 
     names: list[str] = []
     original = registry.select

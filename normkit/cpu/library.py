@@ -127,15 +127,21 @@ def packed_forward(
     )  # fmt: skip
 
 
-def launcher(problem: Problem, openmp: tuple[int, int]) -> Callable[..., None]:
-    """Return launch(threads, *pointers), which runs the forward kernels for contiguous arrays; see `packed_forward`."""
+def launcher(problem: Problem, threads: Callable[[], int], openmp: tuple[int, int]) -> Callable[..., None]:
+    """Return launch(*pointers), which runs the forward kernels for contiguous arrays.
+
+    Args:
+        problem: the call.
+        threads: says how many to use, each time.
+        openmp: as in `packed_forward`.
+    """
     rows = (problem.hidden_size, 0) * 4
     rest = packed_forward(problem, (0,) * 8, rows, 1, 0, openmp)[_POINTERS.size :]
     library, pack = _loaded(), _POINTERS.pack
     run = library.quick_forward if problem.rows * problem.hidden_size < _QUICK else library.forward
 
-    def launch(threads: int, *pointers: int) -> None:
-        if status := run(pack(*pointers, threads) + rest):
+    def launch(*pointers: int) -> None:
+        if status := run(pack(*pointers, threads()) + rest):
             _check(status)
 
     return launch
