@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .arrays import FLOAT_DTYPES, Array, dtype_name
@@ -31,6 +31,15 @@ class Call(NamedTuple):
     implementation: str | None
     out: Array | None = None
     residual_out: Array | None = None
+
+    @classmethod
+    def of(cls, function: str, arrays: Sequence[Array | None], options: Sequence[Any]) -> Call:
+        """Return the call of x, residual, weight, bias, out and residual_out with eps and the options that follow it."""
+        return cls(function, *arrays[:4], *options, *arrays[4:])
+
+    def parts(self) -> tuple[str, tuple[Array | None, ...], tuple[Any, ...]]:
+        """Return what `of` takes."""
+        return self[0], self[1:5] + self[11:], self[5:11]
 
     @property
     def kind(self) -> str:

@@ -41,7 +41,9 @@ def rms_norm(
         array([[0.2, 1.4]], dtype=float32)
     """
     return compute(
-        "rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out
+        "rms_norm",
+        (x, None, weight, bias, out, None),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -71,7 +73,9 @@ def layer_norm(
         array([[-1.225,  0.   ,  1.225]], dtype=float32)
     """
     return compute(
-        "layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out
+        "layer_norm",
+        (x, None, weight, bias, out, None),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -136,18 +140,8 @@ def add_rms_norm(
     """
     return compute(
         "add_rms_norm",
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        rounding,
-        residual_dtype,
-        out_dtype,
-        implementation,
-        out,
-        residual_out,
+        (x, residual, weight, bias, out, residual_out),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -182,18 +176,8 @@ def add_layer_norm(
     """
     return compute(
         "add_layer_norm",
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        rounding,
-        residual_dtype,
-        out_dtype,
-        implementation,
-        out,
-        residual_out,
+        (x, residual, weight, bias, out, residual_out),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -221,13 +205,12 @@ def explain(function: str, x: Array, *arrays: Array | None, **options: Any) -> l
     return registry.explain(dispatch.problem_of(dispatch.as_numpy(bind(globals(), function, x, *arrays, **options))), TABLE)
 
 
-def compute(*arguments: Any) -> Any:
-    """Compute a call, whose arguments are those of `Call`: on NumPy arrays, or by the front end of its arrays' framework."""
-    call = Call(*arguments)
-    front_end = _front_end(call.x, call.out, call.residual_out)
+def compute(function: str, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """Compute a call on NumPy arrays, or hand it to the front end of its arrays' framework; see `Call.of`."""
+    front_end = _front_end(arrays[0], *arrays[4:])
     if front_end:
-        return front_end.functional.compute(*arguments)
-    call = dispatch.as_numpy(call)
+        return front_end.functional.compute(function, arrays, options)
+    call = dispatch.as_numpy(Call.of(function, arrays, options))
     return call.result(dispatch.forward_into(call) if call.writes else dispatch.forward(call))
 
 

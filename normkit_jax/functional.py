@@ -39,7 +39,9 @@ def rms_norm(
         >>> rms_norm(jnp.array([[3.0, -3.0]]), eps=0.0)
         Array([[ 1., -1.]], dtype=float32)
     """
-    return compute("rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+    return compute(
+        "rms_norm", (x, None, weight, bias), (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+    )
 
 
 def layer_norm(
@@ -66,7 +68,9 @@ def layer_norm(
         >>> layer_norm(jnp.array([[1.0, 2.0, 3.0]]), eps=0.0).round(3)
         Array([[-1.225,  0.   ,  1.225]], dtype=float32)
     """
-    return compute("layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+    return compute(
+        "layer_norm", (x, None, weight, bias), (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+    )
 
 
 def add_rms_norm(
@@ -122,17 +126,7 @@ def add_rms_norm(
         (Array([[ 1., -1.]], dtype=float32), Array([[ 3., -3.]], dtype=float32))
     """
     return compute(
-        "add_rms_norm",
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        rounding,
-        residual_dtype,
-        out_dtype,
-        implementation,
+        "add_rms_norm", (x, residual, weight, bias), (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
     )
 
 
@@ -164,17 +158,7 @@ def add_layer_norm(
         (Array([[-1.225,  0.   ,  1.225]], dtype=float32), Array([[2., 4., 6.]], dtype=float32))
     """
     return compute(
-        "add_layer_norm",
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        rounding,
-        residual_dtype,
-        out_dtype,
-        implementation,
+        "add_layer_norm", (x, residual, weight, bias), (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
     )
 
 
@@ -201,7 +185,7 @@ def add_rms_norm_(
         >>> residual_out
         Array([[ 3., -3.]], dtype=float32)
     """
-    return compute("add_rms_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation)
+    return compute("add_rms_norm_", (x, residual, weight, bias), (eps, weight_offset, rounding, None, None, implementation))
 
 
 def add_layer_norm_(
@@ -222,7 +206,7 @@ def add_layer_norm_(
         >>> add_layer_norm_(jnp.array([[1.0, 3.0]]), jnp.array([[0.0, 4.0]]), eps=0.0)[0]
         Array([[-1.,  1.]], dtype=float32)
     """
-    return compute("add_layer_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation)
+    return compute("add_layer_norm_", (x, residual, weight, bias), (eps, weight_offset, rounding, None, None, implementation))
 
 
 def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: Any) -> list[Verdict]:
@@ -246,7 +230,7 @@ def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: A
     return registry.explain(dispatch.problem_of(call, needs_grad=False), TABLE)
 
 
-def compute(*arguments: Any) -> Any:
-    """Compute a call, whose arguments are those of `normkit.call.Call`, eagerly or under any of JAX's transformations."""
-    call = dispatch.as_jax(Call(*arguments))
+def compute(function: str, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """Compute a call, eagerly or under any of JAX's transformations; see `normkit.call.Call.of`."""
+    call = dispatch.as_jax(Call.of(function, arrays, options))
     return call.result(gradient.norm(call))

@@ -42,7 +42,9 @@ def rms_norm(
         tensor([[0.2000, 1.4000]])
     """
     return compute(
-        "rms_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out
+        "rms_norm",
+        (x, None, weight, bias, out, None),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -72,7 +74,9 @@ def layer_norm(
         tensor([[-1.2247,  0.0000,  1.2247]])
     """
     return compute(
-        "layer_norm", x, None, weight, bias, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, out
+        "layer_norm",
+        (x, None, weight, bias, out, None),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -138,18 +142,8 @@ def add_rms_norm(
     """
     return compute(
         "add_rms_norm",
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        rounding,
-        residual_dtype,
-        out_dtype,
-        implementation,
-        out,
-        residual_out,
+        (x, residual, weight, bias, out, residual_out),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -183,18 +177,8 @@ def add_layer_norm(
     """
     return compute(
         "add_layer_norm",
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        rounding,
-        residual_dtype,
-        out_dtype,
-        implementation,
-        out,
-        residual_out,
+        (x, residual, weight, bias, out, residual_out),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -224,7 +208,9 @@ def add_rms_norm_(
         >>> y is x, residual
         (True, tensor([[1., 7.]]))
     """
-    return compute("add_rms_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation)
+    return compute(
+        "add_rms_norm_", (x, residual, weight, bias, None, None), (eps, weight_offset, rounding, None, None, implementation)
+    )
 
 
 def add_layer_norm_(
@@ -246,7 +232,9 @@ def add_layer_norm_(
         >>> add_layer_norm_(x, residual, eps=0.0)
         (tensor([[-1.,  1.]]), tensor([[1., 7.]]))
     """
-    return compute("add_layer_norm_", x, residual, weight, bias, eps, weight_offset, rounding, None, None, implementation)
+    return compute(
+        "add_layer_norm_", (x, residual, weight, bias, None, None), (eps, weight_offset, rounding, None, None, implementation)
+    )
 
 
 def explain(function: str, x: Tensor, *arrays: Tensor | None, **options: Any) -> list[Verdict]:

@@ -84,8 +84,7 @@ def _pack(like: Tensor, results: Iterable[Tensor | None]) -> Four:
 
 def _norm(*arguments: Any) -> Four:
     *call, needs_grad = arguments
-    *tensors, function = call[:5]
-    computed = prepared.forward(function, *tensors, *call[5:], needs_grad=needs_grad)
+    computed = prepared.forward(*_call(*call).parts(), needs_grad)
     return _pack(arguments[0], computed or dispatch.forward(_call(*call), needs_grad))
 
 
@@ -114,8 +113,7 @@ def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
 
 
 def _norm_in_place(*call: Any) -> None:
-    *tensors, function = call[:5]
-    if prepared.forward(function, *tensors, *call[5:]) is None:
+    if prepared.forward(*_call(*call).parts()) is None:
         dispatch.forward_(_call(*call))
 
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from normkit.call import Call
 from normkit.spec import Problem
+
+Tensors = tuple[Any, Any, Any, Any, Any, Any]
+"""x, residual, weight, bias, out and residual_out of a call."""
 
 Launch = Callable[..., None]
 """launch(x, residual, weight, bias, y, residual_out, mean, rstd): addresses of contiguous arrays, 0 for what there is not."""
@@ -28,8 +31,8 @@ Launch = Callable[..., None]
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """y, residual_out, mean and rstd, as in `normkit.interface.Forward`."""
 
-_MOST, _MOST_ALIKE = 1024, 8
-_TYPES = (Tensor, Parameter)
+# calls to keep, those among them that differ in the strides of their tensors and the like, and addresses of each
+_MOST, _MOST_ALIKE, _MOST_ADDRESSES = 1024, 8, 1024
 
 _calls: dict[tuple[object, ...], list[Prepared]] = {}
 
@@ -39,153 +42,143 @@ class Prepared:
     """What is left to do in a call.
 
     Attributes:
-        fits: whether tensors are like those of the call that was prepared.
-        launch: runs the kernel.
-        are_apart: whether no memory that is written to is also other memory of the call, by the addresses that `launch` takes.
-        requires_grad: whether a tensor asks for a gradient.
+        given: picks the tensors that are not None.
+        fits: whether these are like those of the call that was prepared.
+        requires_grad: whether one of them asks for a gradient.
         in_place: whether y is x, and residual_out the residual.
-        counts: whether torch counts the versions of what is written to, which it does not of inference tensors.
         y_dtype: dtype of y.
         residual_out_dtype: dtype of residual_out; None if there is none.
         statistics: shape of the statistics; None if they are not wanted.
         has_mean: whether the mean is one of them.
+        apart: addresses, as `launch` takes them, with which no memory that is written to is also other memory of the call.
+        pairs: place and size of the two of each pair of tensors for which that has to be so.
+        written: picks the tensors given to write to whose versions torch counts; None if there are none.
+        launch: runs the kernel.
     """
 
+    given: Callable[[Tensors], Any]
     fits: Callable[..., bool]
-    launch: Launch
-    are_apart: Callable[..., bool]
     requires_grad: bool
     in_place: bool
-    counts: bool
     y_dtype: torch.dtype
     residual_out_dtype: torch.dtype | None
     statistics: tuple[int, ...] | None
     has_mean: bool
+    apart: set[tuple[int, ...]]
+    pairs: list[tuple[int, int, int, int]]
+    written: Callable[[Tensors], Any] | None
+    launch: Launch
 
 
-def forward(
-    function: str,
-    x: Any,
-    residual: Any,
-    weight: Any,
-    bias: Any,
-    eps: float,
-    weight_offset: float,
-    rounding: str | None,
-    residual_dtype: object,
-    out_dtype: object,
-    implementation: str | None,
-    out: Any = None,
-    residual_out: Any = None,
-    needs_grad: bool = False,
-) -> Results | None:
+def forward(function: str, tensors: Tensors, options: tuple[object, ...], needs_grad: bool = False) -> Results | None:
     """Compute a call that was prepared, in plain eager code or within an operator; None if there is none like it.
 
-    The arguments are those of `normkit.call.Call`, which need not be right, and whether the statistics are wanted.
+    Args:
+        function: as in `normkit.call.Call`; so are the others, which need not be right.
+        tensors: those given.
+        options: eps and all that follow.
+        needs_grad: whether the statistics are wanted.
     """
-    options = (function, eps, weight_offset, rounding, residual_dtype, out_dtype, implementation, needs_grad)
-    ready = _find(options, x, residual, weight, bias, out, residual_out)
+    x, residual, weight, bias, y, residual_out = tensors
+    if type(x) is not Tensor:
+        return None
+    ready = _find((function, options, needs_grad, x.shape, x.dtype, *map(type, tensors)), tensors)
     if ready is None or (ready.requires_grad and not needs_grad and torch.is_grad_enabled()):
         return None
-    y, written, mean, rstd = out, residual_out, None, None
+    mean = rstd = None
     if ready.in_place:
-        y, written = x, residual
-    writes = y is not None or written is not None
+        y, residual_out = x, residual
     if y is None:
         y = torch.empty_like(x, dtype=ready.y_dtype)
-    if written is None and ready.residual_out_dtype:
-        written = torch.empty_like(x, dtype=ready.residual_out_dtype)
+    if residual_out is None and ready.residual_out_dtype:
+        residual_out = torch.empty_like(x, dtype=ready.residual_out_dtype)
     if ready.statistics is not None:
         rstd = torch.empty(ready.statistics, dtype=torch.float32, device=x.device)
         mean = torch.empty_like(rstd) if ready.has_mean else None
-    pointers = (
+    addresses = (
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        0 if written is None else written.data_ptr(),
+        0 if residual_out is None else residual_out.data_ptr(),
     )
-    if writes and not ready.are_apart(*pointers):
+    if ready.pairs and addresses not in ready.apart and not _are_apart(ready, addresses):
         return None
-    ready.launch(*pointers, 0 if mean is None else mean.data_ptr(), 0 if rstd is None else rstd.data_ptr())
-    if writes and ready.counts:
-        increment_version(
-            [tensor for tensor in ((x, residual) if ready.in_place else (out, residual_out)) if tensor is not None]
-        )
-    return y, written, mean, rstd
+    ready.launch(*addresses, 0 if mean is None else mean.data_ptr(), 0 if rstd is None else rstd.data_ptr())
+    if ready.written:
+        torch._C._increment_version(ready.written(tensors))
+    return y, residual_out, mean, rstd
 
 
-def _find(options: tuple[object, ...], *tensors: Any) -> Prepared | None:
-    x = tensors[0]
-    if type(x) is not Tensor:
-        return None
+def _find(key: tuple[object, ...], tensors: Tensors) -> Prepared | None:
     try:
-        alike = _calls.get((options, x.shape, x.dtype, *map(type, tensors)))
-    except TypeError:  # an option cannot be hashed, and is none that there is
+        alike = _calls.get(key)
+    except TypeError:  # an option that cannot be hashed is none that there is
         return None
-    given = [tensor for tensor in tensors if tensor is not None]
     for ready in alike or ():
-        if ready.fits(*given):
+        if ready.fits(*ready.given(tensors)):
             return ready
     return None
+
+
+def _are_apart(ready: Prepared, addresses: tuple[int, ...]) -> bool:
+    for one, size, other, other_size in ready.pairs:
+        if addresses[one] < addresses[other] + other_size and addresses[other] < addresses[one] + size:
+            return False
+    if len(ready.apart) >= _MOST_ADDRESSES:
+        ready.apart.clear()
+    ready.apart.add(addresses)
+    return True
 
 
 def keep(call: Call, problem: Problem, kernels: object) -> None:
     """Keep what was chosen for a call, where the implementation can launch it again by itself."""
     launcher = getattr(kernels, "launcher", None)
-    tensors = (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
+    function, tensors, options = call.parts()
     given = [tensor for tensor in tensors if tensor is not None]
     if launcher is None or not problem.rows or not all(map(_is_plain, given)):
         return
-    in_place = problem.in_place
-    written = (call.x, call.residual) if in_place else tuple(call.outputs.values())
-    if len({tensor.is_inference() for tensor in written}) > 1:
-        return
-    options = (
-        *(call.function, call.eps, call.weight_offset, call.rounding, call.residual_dtype, call.out_dtype),
-        *(call.implementation, problem.needs_grad),
-    )
-    # a call that goes on with other options is refused before; a guard of torch.compile takes sizes and strides as given
+    in_place, dtype = problem.in_place, problem.residual_out_dtype
+    written = [place for place in ((0, 1) if in_place else (4, 5)) if tensors[place] is not None]
+    counted = [place for place in written if not tensors[place].is_inference()]
     guard = TensorGuards(
         *given,
         dynamic_dims_sizes=[[*tensor.shape] for tensor in given],
         dynamic_dims_strides=[[*tensor.stride()] for tensor in given],
     )
-    wanted = problem.residual_out_dtype
-    sizes = [0 if tensor is None else tensor.nbytes for tensor in tensors]
     ready = Prepared(
+        given=_picking([place for place, tensor in enumerate(tensors) if tensor is not None]),
         fits=guard.check,
-        launch=launcher(problem),
-        are_apart=lru_cache(_MOST)(partial(_are_apart, _pairs(sizes, in_place))),
         requires_grad=any(tensor.requires_grad for tensor in given),
         in_place=in_place,
-        counts=not any(tensor.is_inference() for tensor in written),
         y_dtype=getattr(torch, problem.out_dtype),
-        residual_out_dtype=getattr(torch, wanted) if wanted else None,
+        residual_out_dtype=getattr(torch, dtype) if dtype else None,
         statistics=problem.shape[:-1] if problem.needs_grad else None,
         has_mean=problem.spec.subtract_mean,
+        apart=set(),
+        pairs=_pairs([0 if tensor is None else tensor.nbytes for tensor in tensors], written),
+        written=_picking(counted) if counted else None,
+        launch=launcher(problem),
     )
     if len(_calls) >= _MOST:
         _calls.clear()
-    alike = _calls.setdefault((options, call.x.shape, call.x.dtype, *map(type, tensors)), [])
+    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, *map(type, tensors))
+    alike = _calls.setdefault(key, [])
     alike.insert(0, ready)
     del alike[_MOST_ALIKE:]
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _TYPES and tensor.is_contiguous() and not tensor.is_neg()
+    return type(tensor) in (Tensor, Parameter) and tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _pairs(sizes: list[int], in_place: bool) -> list[tuple[int, int, int, int]]:
-    """Return place and size of the two of each pair of tensors that must not share memory, in the order of `Launch`."""
-    written, read = ((0, 1), (2, 3)) if in_place else ((4, 5), (0, 1, 2, 3))
-    pairs = [(written[0], written[1]), *((one, other) for one in written for other in read)]
-    return [(one, sizes[one], other, sizes[other]) for one, other in pairs if sizes[one] and sizes[other]]
+def _picking(places: list[int]) -> Callable[[Tensors], Any]:
+    return itemgetter(*places) if len(places) > 1 else lambda tensors: (tensors[places[0]],)
 
 
-def _are_apart(pairs: list[tuple[int, int, int, int]], *starts: int) -> bool:
-    return all(
-        starts[one] + size <= starts[other] or starts[other] + other_size <= starts[one]
-        for one, size, other, other_size in pairs
-    )
+def _pairs(sizes: list[int], written: list[int]) -> list[tuple[int, int, int, int]]:
+    """Return the pairs of tensors of which one is written to; those of y and residual_out in place are x and the residual."""
+    read = [place for place in range(4) if sizes[place] and place not in written]
+    pairs = [*pairwise(written), *((one, other) for one in written for other in read)]
+    return [(one, sizes[one], other, sizes[other]) for one, other in pairs]

@@ -16,13 +16,19 @@ from normkit.errors import OptionError, UnsupportedError
 from . import dispatch, operators, prepared
 
 
-def compute(function: str, x: Any, residual: Any, *rest: Any) -> Any:
-    """Compute a call, whose arguments are those of `normkit.call.Call`: at once if one like it was computed before."""
-    made = None if _is_observed() else prepared.forward(function, x, residual, *rest)
+def compute(function: str, tensors: prepared.Tensors, options: tuple[Any, ...]) -> Any:
+    """Compute a call: at once if one like it was computed before.
+
+    Args:
+        function: as in `normkit.call.Call`.
+        tensors: x, residual, weight, bias, out and residual_out.
+        options: eps and all that follow.
+    """
+    made = None if _is_observed() else prepared.forward(function, tensors, options)
     if made is None:
-        return _compute(Call(function, x, residual, *rest))
+        return _compute(Call.of(function, tensors, options))
     y, residual_out, _, _ = made
-    return (y, x if residual_out is None else residual_out) if function.startswith("add_") else y
+    return (y, tensors[0] if residual_out is None else residual_out) if function.startswith("add_") else y
 
 
 def _compute(call: Call) -> Any:
