@@ -97,9 +97,9 @@ using Choice = typename Chosen<CONDITION, Yes, No>::Type;
 
 constexpr int64_t CACHE_LINE = 64;
 
-// y = x_hat weight + bias, with x_hat rounded to Hat. Rows of 16 bits that come next are fetched from memory meanwhile; for float32,
-// where there is less to compute, the processor does as well by itself.
-template <class Y, class Hat, class Parameter, bool WEIGHT, bool BIAS>
+// y = x_hat weight + bias, with x_hat rounded to Hat, in the order that is best for memory: rows of 16 bits that come next are fetched
+// meanwhile; rows of float32 are taken from their ends.
+template <class Y, class Hat, class Parameter, bool MEAN, bool WEIGHT, bool BIAS>
 void normalise(Batch &batch) {
     typedef Choice<same<Y, Split>, Wide, Float32> H;
     const int64_t count = batch.count, length = batch.length;
@@ -111,12 +111,13 @@ void normalise(Batch &batch) {
         auto next_x = batch.x.at<Y>(row + count);
         auto next_residual = batch.residual.first ? batch.residual.at<Y>(row + count) : next_x;
         const float mean = batch.statistics[row].mean, rstd = batch.statistics[row].rstd;
-        by_pairs(length, [&](int64_t start, int pair, auto at) INLINED {
+        auto element = [&](int64_t start, int pair, auto at) INLINED {
             if (sizeof *y == 2 && pair * IN_PAIR * sizeof *y % CACHE_LINE == 0) {
                 __builtin_prefetch(next_x + start + pair * IN_PAIR);
                 __builtin_prefetch(next_residual + start + pair * IN_PAIR);
             }
-            Pair value = (load<H>(h + start, pair, at) - mean) * rstd;
+            Pair value = load<H>(h + start, pair, at);
+            value = (MEAN ? value - mean : value) * rstd;
             if constexpr (!same<Hat, Float32>) {
                 value = rounded<Hat>(value);
             }
@@ -127,7 +128,8 @@ void normalise(Batch &batch) {
                 value = value + load<Parameter>(bias + start, pair, at);
             }
             store<Y>(value, y + start, pair, at);
-        });
+        };
+        sizeof *y == 2 ? by_pairs(length, element) : by_pairs_from_end(length, element);
     }
 }
 
@@ -161,7 +163,10 @@ void widen(const void *values, int64_t dtype, bool split, int64_t count, double 
             if (!same<T, Split>) {
                 wide = in_order(wide, split);
             }
-            store<Wide>(offset ? each(wide, [&](Floats v) { return v + float(offset); }) : wide, out + start, pair, at);
+            if (offset) {
+                wide = each(wide, [&](Floats v) { return v + float(offset); });
+            }
+            store<Wide>(split ? each(wide, without_payload) : wide, out + start, pair, at);
         });
     };
     dtype == BFLOAT16 && split ? widen_as(Split{}) : with_dtype(dtype, widen_as);
@@ -210,21 +215,27 @@ Compute add_for(const Forward &call) {
     });
 }
 
+template <class Y, class Hat, class Parameter, bool MEAN>
+Compute normalise_with(bool weight, bool bias) {
+    return !weight ? normalise<Y, Hat, Parameter, MEAN, false, false>
+           : bias  ? normalise<Y, Hat, Parameter, MEAN, true, true>
+                   : normalise<Y, Hat, Parameter, MEAN, true, false>;
+}
+
 template <class Y, class Hat, class Parameter>
-Compute normalise_of(bool weight, bool bias) {
-    return !weight ? normalise<Y, Hat, Parameter, false, false>
-           : bias  ? normalise<Y, Hat, Parameter, true, true>
-                   : normalise<Y, Hat, Parameter, true, false>;
+Compute normalise_of(bool mean, bool weight, bool bias) {
+    return mean ? normalise_with<Y, Hat, Parameter, true>(weight, bias) : normalise_with<Y, Hat, Parameter, false>(weight, bias);
 }
 
 Compute normalise_for(const Forward &call, bool wide_parameters, bool weight, bool bias) {
+    const bool mean = call.subtract_mean;
     int64_t hat_dtype = call.rounding == HF ? call.x_dtype : FLOAT32;
     if (is_split(call)) {
         if (hat_dtype == FLOAT32) {
-            return wide_parameters ? normalise_of<Split, Float32, Wide>(weight, bias)
-                                   : normalise_of<Split, Float32, Split>(weight, bias);
+            return wide_parameters ? normalise_of<Split, Float32, Wide>(mean, weight, bias)
+                                   : normalise_of<Split, Float32, Split>(mean, weight, bias);
         }
-        return wide_parameters ? normalise_of<Split, Split, Wide>(weight, bias) : normalise_of<Split, Split, Split>(weight, bias);
+        return wide_parameters ? normalise_of<Split, Split, Wide>(mean, weight, bias) : normalise_of<Split, Split, Split>(mean, weight, bias);
     }
     return with_dtype(call.y_dtype, [&](auto y) {
         typedef decltype(y) Y;
@@ -232,10 +243,10 @@ Compute normalise_for(const Forward &call, bool wide_parameters, bool weight, bo
             typedef decltype(hat) Hat;
             if constexpr (same<Hat, Float32> || same<Hat, Y>) {
                 if (!wide_parameters) {
-                    return normalise_of<Y, Hat, Y>(weight, bias);
+                    return normalise_of<Y, Hat, Y>(mean, weight, bias);
                 }
             }
-            return normalise_of<Y, Hat, Float32>(weight, bias);
+            return normalise_of<Y, Hat, Float32>(mean, weight, bias);
         });
     });
 }

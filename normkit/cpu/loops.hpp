@@ -37,6 +37,22 @@ ALWAYS void by_pairs(int64_t hidden, Body body) {
     }
 }
 
+// The same from the end: of a row that was just read from its start, the end is still in the first cache.
+template <class Body>
+ALWAYS void by_pairs_from_end(int64_t hidden, Body body) {
+    int64_t start = hidden / BLOCK * BLOCK;
+    if (start < hidden) {
+        by_part(start, hidden, body);
+    }
+    while (start > 0) {
+        start -= BLOCK;
+#pragma GCC unroll 8
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            body(start, pair, Whole{});
+        }
+    }
+}
+
 // The sum of a vector's lanes, the upper half folded onto the lower, down to one.
 ALWAYS float across(Floats lanes) {
 #if defined(__AVX2__)

@@ -191,10 +191,25 @@ ALWAYS void write(Packed packed, Memory *row, int64_t start, int64_t length, At 
 
 constexpr uint32_t UPPER = 0xffff0000;
 
-// The upper half is the bfloat16. What is rounded is the result of arithmetic, so that a NaN is a quiet one.
+// The upper half is the bfloat16. What is rounded is the result of arithmetic on numbers whose NaNs have nothing in the lower half
+// (see `without_payload`), so that it is the same for a NaN.
 ALWAYS Floats rounded_upper(Floats values) {
     Words bits = bits_as<Words>(values);
-    return bits_as<Floats>(bits + (bits_as<Words>(values == values) & (((bits >> 16) & 1) + 0x7fff)));
+    return bits_as<Floats>(bits + 0x7fff + ((bits >> 16) & 1));
+}
+
+ALWAYS Floats without_payload(Floats values) {
+    Words bits = bits_as<Words>(values), is_nan = bits_as<Words>(values != values);
+    return bits_as<Floats>(choose(is_nan, (bits & UPPER) | 0x00400000, bits));
+}
+
+// The lower halves of one and the upper halves of the other.
+ALWAYS Words halves_of(Words lower, Words upper) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return bits_as<Words>(_mm256_blend_epi16(bits_as<__m256i>(lower), bits_as<__m256i>(upper), 0xaa));
+#else
+    return lower | (upper & UPPER);
+#endif
 }
 
 template <class T, class At>
@@ -216,9 +231,9 @@ template <class T, class At>
 ALWAYS Pair store(Pair values, typename T::Memory *block, int pair, At at) {
     int64_t start = pair * IN_PAIR;
     if constexpr (same<T, Split>) {
-        Words even = bits_as<Words>(rounded_upper(values.first)), odd = bits_as<Words>(rounded_upper(values.second)) & UPPER;
-        write((even >> 16) | odd, block, start, IN_PAIR, at);
-        return {bits_as<Floats>(even & UPPER), bits_as<Floats>(odd)};
+        Words even = bits_as<Words>(rounded_upper(values.first)), odd = bits_as<Words>(rounded_upper(values.second));
+        write(halves_of(even >> 16, odd), block, start, IN_PAIR, at);
+        return {bits_as<Floats>(even & UPPER), bits_as<Floats>(odd & UPPER)};
     } else if constexpr (same<T, Wide>) {
         write(values.first, block, start, LANES, Whole{});
         write(values.second, block, start + LANES, LANES, Whole{});
