@@ -15,7 +15,8 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty, empty_like, is_grad_enabled
+from torch._C import _increment_version
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
 
@@ -25,8 +26,8 @@ from normkit.spec import Problem
 Tensors = tuple[Any, Any, Any, Any, Any, Any]
 """x, residual, weight, bias, out and residual_out of a call."""
 
-Launch = Callable[..., None]
-"""launch(x, residual, weight, bias, y, residual_out, mean, rstd): addresses of contiguous arrays, 0 for what there is not."""
+Launch = Callable[[tuple[int, ...]], None]
+"""Takes the addresses of x, residual, weight, bias, y, residual_out, mean and rstd, all contiguous; 0 for what there is not."""
 
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """y, residual_out, mean and rstd, as in `normkit.interface.Forward`."""
@@ -79,47 +80,49 @@ def forward(function: str, tensors: Tensors, options: tuple[object, ...], needs_
         options: eps and all that follow.
         needs_grad: whether the statistics are wanted.
     """
-    x, residual, weight, bias, y, residual_out = tensors
+    x, residual, weight, bias, out, residual_out = tensors
     if type(x) is not Tensor:
         return None
-    ready = _find((function, options, needs_grad, x.shape, x.dtype, *map(type, tensors)), tensors)
-    if ready is None or (ready.requires_grad and not needs_grad and torch.is_grad_enabled()):
-        return None
-    mean = rstd = None
-    if ready.in_place:
-        y, residual_out = x, residual
-    if y is None:
-        y = torch.empty_like(x, dtype=ready.y_dtype)
-    if residual_out is None and ready.residual_out_dtype:
-        residual_out = torch.empty_like(x, dtype=ready.residual_out_dtype)
-    if ready.statistics is not None:
-        rstd = torch.empty(ready.statistics, dtype=torch.float32, device=x.device)
-        mean = torch.empty_like(rstd) if ready.has_mean else None
-    addresses = (
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        0 if residual_out is None else residual_out.data_ptr(),
-    )
-    if ready.pairs and addresses not in ready.apart and not _are_apart(ready, addresses):
-        return None
-    ready.launch(*addresses, 0 if mean is None else mean.data_ptr(), 0 if rstd is None else rstd.data_ptr())
-    if ready.written:
-        torch._C._increment_version(ready.written(tensors))
-    return y, residual_out, mean, rstd
-
-
-def _find(key: tuple[object, ...], tensors: Tensors) -> Prepared | None:
+    types = type(residual), type(weight), type(bias), type(out), type(residual_out)
     try:
-        alike = _calls.get(key)
+        alike = _calls.get((function, options, needs_grad, x.shape, x.dtype, types), ())
     except TypeError:  # an option that cannot be hashed is none that there is
         return None
-    for ready in alike or ():
+    for ready in alike:
         if ready.fits(*ready.given(tensors)):
-            return ready
-    return None
+            break
+    else:
+        return None
+    if ready.requires_grad and not needs_grad and is_grad_enabled():
+        return None
+    if ready.in_place:
+        one, other = x.data_ptr(), residual.data_ptr()
+        addresses: tuple[int, ...] = one, other, _address(weight), _address(bias), one, other, 0, 0
+        results: Results = x, residual, None, None
+    else:
+        results = _room(ready, x, out, residual_out)
+        addresses = (x.data_ptr(), _address(residual), _address(weight), _address(bias), *map(_address, results))
+    if ready.pairs and addresses not in ready.apart and not _are_apart(ready, addresses):
+        return None
+    ready.launch(addresses)
+    if ready.written:
+        _increment_version(ready.written(tensors))
+    return results
+
+
+def _room(ready: Prepared, x: Tensor, y: Tensor | None, residual_out: Tensor | None) -> Results:
+    if y is None:
+        y = empty_like(x, dtype=ready.y_dtype)
+    if residual_out is None and ready.residual_out_dtype:
+        residual_out = empty_like(x, dtype=ready.residual_out_dtype)
+    if ready.statistics is None:
+        return y, residual_out, None, None
+    rstd = empty(ready.statistics, dtype=torch.float32, device=x.device)
+    return y, residual_out, empty_like(rstd) if ready.has_mean else None, rstd
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _are_apart(ready: Prepared, addresses: tuple[int, ...]) -> bool:
@@ -163,7 +166,7 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
     )
     if len(_calls) >= _MOST:
         _calls.clear()
-    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, *map(type, tensors))
+    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, tuple(map(type, tensors[1:])))
     alike = _calls.setdefault(key, [])
     alike.insert(0, ready)
     del alike[_MOST_ALIKE:]

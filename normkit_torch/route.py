@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from normkit import reference
 from normkit.call import Call
@@ -24,7 +26,10 @@ def compute(function: str, tensors: prepared.Tensors, options: tuple[Any, ...]) 
         tensors: x, residual, weight, bias, out and residual_out.
         options: eps and all that follow.
     """
-    made = None if _is_observed() else prepared.forward(function, tensors, options)
+    made = None
+    # a transform that is active, and what else torch would do with the tensors, is seen by the guard of a prepared call
+    if not (is_dynamo_compiling() or _len_torch_dispatch_stack() or forward_ad._current_level >= 0):
+        made = prepared.forward(function, tensors, options)
     if made is None:
         return _compute(Call.of(function, tensors, options))
     y, residual_out, _, _ = made
@@ -36,7 +41,7 @@ def _compute(call: Call) -> Any:
     grad = needs_grad(call)
     if grad and call.writes:
         raise OptionError(_gradient_lost(call))
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _under_transform(call)
     plain = not grad and _is_plain(call)
     if call.function.endswith("_"):
@@ -86,20 +91,11 @@ def needs_grad(call: Call) -> bool:
     )
 
 
-def _is_observed() -> bool:
-    """Whether a tracer, a dispatch mode or a transform has to see the call."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 def _is_plain(call: Call) -> bool:
     """Whether nothing but this function needs to know of the call: no tracer, no dispatch mode, no subclass, no lazy sign."""
     return not (
-        _is_observed()
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
         or any(
             type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg()
             for tensor in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)

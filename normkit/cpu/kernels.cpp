@@ -18,8 +18,9 @@ namespace {
 enum Status : int { DONE = 0, NO_MEMORY = 1, NO_LEVEL = 2 };
 constexpr int LEVELS = 3;
 
-// Elements below which a second thread costs more than it saves, and elements of the smallest item of work.
-constexpr int64_t ALONE = 24576, SMALLEST_ITEM = 8192;
+// Elements below which a second thread costs more than it saves, where rows are of 16 bits and otherwise, and elements of the
+// smallest item of work.
+constexpr int64_t ALONE_16 = 16384, ALONE_32 = 24576, SMALLEST_ITEM = 8192;
 constexpr int64_t ITEMS_PER_THREAD = 8;
 // Length from which threads share a row, when there are fewer rows than threads.
 constexpr int64_t SHARED_ROW = 4 * SUM_LENGTH;
@@ -210,7 +211,8 @@ EXPORTED int normkit_forward(const Forward *arguments) {
     if (!level) {
         return NO_LEVEL;
     }
-    int64_t threads = call.rows * call.hidden < ALONE ? 1 : at_least(1, call.threads);
+    int64_t alone = call.x_dtype != FLOAT32 ? ALONE_16 : ALONE_32;
+    int64_t threads = call.rows * call.hidden < alone ? 1 : at_least(1, call.threads);
     bool shared = threads > call.rows && call.hidden >= SHARED_ROW;
     int64_t workers = shared ? 1 : threads < call.rows ? threads : call.rows;
     Scratch scratch{};
@@ -244,7 +246,7 @@ EXPORTED int normkit_backward(const Backward *arguments) {
     int64_t rows_per_part = at_least(ROWS_PER_PART, ceil_divide(call.rows, MOST_PARTS));
     // one part without rows makes the sums zero
     int64_t parts = at_least(1, ceil_divide(call.rows, rows_per_part));
-    int64_t threads = call.rows * call.hidden < ALONE ? 1 : at_least(1, call.threads < parts ? call.threads : parts);
+    int64_t threads = call.rows * call.hidden < ALONE_16 ? 1 : at_least(1, call.threads < parts ? call.threads : parts);
     int64_t sums = (call.dweight ? parts : 0) + (call.dbias ? parts : 0);
     Scratch scratch{};
     scratch.padded = padded(call.hidden);

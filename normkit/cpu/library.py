@@ -127,8 +127,10 @@ def packed_forward(
     )  # fmt: skip
 
 
-def launcher(problem: Problem, threads: Callable[[], int], openmp: tuple[int, int]) -> Callable[..., None]:
-    """Return launch(*pointers), which runs the forward kernels for contiguous arrays.
+def launcher(
+    problem: Problem, threads: Callable[[], int], openmp: tuple[int, int] = OWN_THREADS
+) -> Callable[[tuple[int, ...]], None]:
+    """Return what runs the forward kernels for contiguous arrays, by the pointers of `packed_forward`.
 
     Args:
         problem: the call.
@@ -140,7 +142,7 @@ def launcher(problem: Problem, threads: Callable[[], int], openmp: tuple[int, in
     library, pack = _loaded(), _POINTERS.pack
     run = library.quick_forward if problem.rows * problem.hidden_size < _QUICK else library.forward
 
-    def launch(*pointers: int) -> None:
+    def launch(pointers: tuple[int, ...]) -> None:
         if status := run(pack(*pointers, threads()) + rest):
             _check(status)
 
