@@ -120,7 +120,7 @@ def test_mapped_and_scanned_rows_have_the_bits_of_the_whole() -> None:
     assert_same_bits(jax.vmap(lambda x, r: normkit_jax.add_layer_norm(x, r, weight, bias))(x, residual), expected)
 
     def step(carry: Any, rows: Any) -> Any:
-        return carry, normkit_jax.add_layer_norm(*rows, weight, bias)
+        return carry, normkit_jax.add_layer_norm(rows[0], rows[1], weight, bias)
 
     assert_same_bits(jax.lax.scan(step, 0, (x, residual))[1], expected)
 
