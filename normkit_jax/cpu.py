@@ -12,7 +12,6 @@ import numpy as np
 
 from normkit.arrays import Array, cast, numpy_dtype
 from normkit.cpu import library
-from normkit.cpu.numpy import threads
 from normkit.interface import Forward, Gradients, Rejected, Wanted
 from normkit.spec import Problem
 
@@ -58,7 +57,7 @@ def _register() -> Rejected | None:
 def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | None, bias: Array | None) -> Forward:
     """Compute y, residual_out and, if a backward may follow, the statistics."""
     signature = forward_signature(problem)
-    packed = library.packed_forward(problem, _there(signature), (problem.hidden_size, 0) * 4, 1, threads())
+    packed = library.packed_forward(problem, _there(signature), (problem.hidden_size, 0) * 4, 1, library.threads())
     aliases = {0: 0, 1: 1} if problem.in_place else {}
     return Forward(*_call(_FORWARD, signature, packed, aliases, x, residual, weight, bias))
 
@@ -79,7 +78,7 @@ def backward(
 ) -> Gradients:
     """Compute the gradients, dweight and dbias by partial sums over a fixed division of the rows."""
     signature = backward_signature(problem, wanted)
-    packed = library.packed_backward(problem, _there(signature), (problem.hidden_size, 0) * 3, 1, threads())
+    packed = library.packed_backward(problem, _there(signature), (problem.hidden_size, 0) * 3, 1, library.threads())
     return Gradients(*_call(_BACKWARD, signature, packed, {}, dy, dresidual_out, h, weight, mean, rstd))
 
 

@@ -224,7 +224,7 @@ def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: A
     Example:
         >>> import jax.numpy as jnp
         >>> [(verdict.name, verdict.accepted) for verdict in explain("rms_norm", jnp.ones((2, 8)))]
-        [('ipex', False), ('vllm', False), ('triton', False), ('reference', True)]
+        [('ipex', False), ('vllm', False), ('triton', False), ('cpu', True), ('reference', True)]
     """
     call = dispatch.as_jax(bind(globals(), function, x, *arrays, **options))
     return registry.explain(dispatch.problem_of(call, needs_grad=False), TABLE)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from struct import Struct
@@ -70,6 +71,12 @@ def load() -> Library | Missing:
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     return Library(*functions, tuple(level for level in range(levels.bit_length()) if levels >> level & 1), *handlers)
+
+
+@cache
+def threads() -> int:
+    """Return how many threads to use: as many as there are processors for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def supports(problem: Problem) -> Rejected | None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,17 +12,11 @@ from ..interface import Forward, Gradients, Wanted
 from ..layout import row_layout
 from ..spec import Problem
 from . import library
-from .library import supports
+from .library import supports, threads
 
 __all__ = ["backward", "forward", "forward_", "forward_into", "supports"]
 
 NumpyArray = np.ndarray[Any, Any]
-
-
-@cache
-def threads() -> int:
-    """Return how many threads to use: as many as there are processors for this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def forward(
