@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_in_a_process(
-    *arguments: str, python: str = sys.executable, devices: int = 1, interpret: bool = False, timeout: float = 600
+    *arguments: str,
+    python: str = sys.executable,
+    devices: int = 1,
+    interpret: bool = False,
+    variables: Mapping[str, str] | None = None,
+    timeout: float = 600,
 ) -> str:
     """Run pytest on the CPU and return what it printed.
 
@@ -25,6 +31,7 @@ def pytest_in_a_process(
         python: the interpreter, of this environment or another one.
         devices: how many devices JAX sees.
         interpret: whether Triton interprets its kernels.
+        variables: of the environment, more of them.
         timeout: seconds.
 
     Raises:
@@ -36,6 +43,7 @@ def pytest_in_a_process(
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
+    environment |= variables or {}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     output = done.stdout + done.stderr
