@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 if "NORMKIT_TEST_KERNELS" in os.environ:
     from normkit.cpu import library
 
-    library.LIBRARY = Path(os.environ["NORMKIT_TEST_KERNELS"])
+    pytest.MonkeyPatch().setattr(library, "LIBRARY", Path(os.environ["NORMKIT_TEST_KERNELS"]))
 
 _ran: Counter[tuple[str, str, str]] = Counter()
 _refused: Counter[tuple[str, str, str]] = Counter()

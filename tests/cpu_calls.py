@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,10 +23,9 @@ from normkit.spec import Problem
 from normkit.tolerance import expected_backward, expected_forward, worst
 
 from .cases import Case, NumpyArray
+from .cpu_operands import DTYPES, LOADED
 
-LOADED = library.load()
 LEVELS = LOADED.levels if isinstance(LOADED, library.Library) else (library.FASTEST,)
-DTYPES = ("float32", "bfloat16", "float16")
 MOST_ELEMENTS, MOST_ROWS, MOST_BETWEEN = 20_000, 2100, 32
 """Of random arrays: elements, rows, and elements between rows."""
 
@@ -97,7 +96,7 @@ _HIDDEN = (
     *(95, 96, 97, 100, 127, 128, 129, 160, 255, 256, 257, 300, 384, 511, 512, 513, 600, 768, 1000),
     *(1023, 1024, 1025, 1536, 2047, 2048, 2049, 3000),
 )
-_MAYBE, _OTHER = (*DTYPES, None), (None, None, *DTYPES)
+_MAYBE, _OTHER = (*DTYPES, None, None), (None, *DTYPES)
 ROW_ARRAYS = ("x", "residual", "dy", "dresidual_out")
 _OPTIONS = {
     "kind": ("rms", "layer"),
@@ -209,7 +208,9 @@ class Setting:
 @contextmanager
 def set_up() -> Iterator[Setting]:
     """Let the kernels be called with what a Setting has."""
-    setting, forward, backward = Setting(), library.forward, library.backward
+    setting = Setting()
+    forward: Callable[..., None] = library.forward
+    backward: Callable[..., None] = library.backward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "forward", lambda *arguments: forward(*arguments, level=setting.level))
         patch.setattr(library, "backward", lambda *arguments: backward(*arguments, level=setting.level))
@@ -222,17 +223,17 @@ def check(call: Call, setting: Setting) -> None:
     setting.level, setting.threads = call.level, call.threads
     arrays, memory = arrays_of(call)
     before = {name: array.copy() for name, array in memory.items()}
-    given = (arrays["x"], arrays["residual"], arrays["weight"], arrays["bias"])
-    assert given[0] is not None
+    x, *others = given = (arrays["x"], arrays["residual"], arrays["weight"], arrays["bias"])
+    assert x is not None
     if call.in_place:
         check_in_place(call, arrays, memory, before)
         return
     wants = any(call.wanted)
     problem = call.case.problem(needs_grad=wants)
-    forward = cpu.forward(problem, *given)
+    forward = cpu.forward(problem, x, *others)
     judge_forward(problem, given, forward)
     if wants:
-        h = given[0] if forward.residual_out is None else forward.residual_out
+        h = x if forward.residual_out is None else forward.residual_out
         judge_backward(call, problem, arrays, h, forward)
     for name, array in memory.items():
         assert np.array_equal(array, before[name]), f"{name} was changed"
@@ -245,7 +246,11 @@ def judge_forward(problem: Problem, given: tuple[NumpyArray | None, ...], found:
     y, residual_out = expected_forward(problem, x, *others, residual_out=found.residual_out)
     assert (found.y.dtype.name, found.y.shape) == (problem.out_dtype, problem.shape)
     assert worst(found.y, y) <= 1, "y"
+    if problem.spec.rounding == "hf" and not (problem.weight_dtype or problem.bias_dtype):
+        rounded = found.y.astype(numpy_dtype(problem.x_dtype)).astype(found.y.dtype)
+        assert np.array_equal(found.y, rounded, equal_nan=True), "y is x_hat, which was not rounded"
     if problem.residual_out_dtype:
+        assert found.residual_out is not None
         assert found.residual_out.dtype.name == problem.residual_out_dtype
         assert worst(found.residual_out, residual_out) <= 1, "residual_out"
 

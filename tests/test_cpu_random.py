@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from normkit.cpu import library
+from .cpu_calls import Call, Setting, calls, check, set_up
+from .cpu_operands import COMPILED
 
-from .cpu_calls import LOADED, Call, Setting, calls, check, set_up
-
-pytestmark = pytest.mark.skipif(isinstance(LOADED, library.Missing), reason="the CPU kernels are not compiled")
+pytestmark = COMPILED
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""These tests need kernels that were compiled with sanitizers: tests/test_cpu_sanitizers.py runs them in a process of its own."""
+"""These tests need kernels compiled with sanitizers: tests/test_cpu_sanitizers.py runs them in a process of its own."""
 
 from __future__ import annotations
 

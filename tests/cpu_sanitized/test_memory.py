@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of cases, every short row and random calls, in arrays that end where their memory ends.
 
-Fresh memory holds NaN (tests/test_cpu_sanitizers.py asks for that), so that what is read before it is written spoils the results.
+Fresh memory holds NaN, for which tests/test_cpu_sanitizers.py asks: what is read before it is written spoils the results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from normkit.cpu import library
 
 from ..cases import Case, tagged
-from ..cpu_calls import DTYPES, LEVELS, Call, Layout, Setting, calls, check, set_up
+from ..cpu_calls import LEVELS, Call, Layout, Setting, calls, check, set_up
+from ..cpu_operands import DTYPES
 
 ALL = (True,) * 4
 NAMES = ("x", "residual", "weight", "bias", "dy", "dresidual_out")
