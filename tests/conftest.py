@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         from . import jax_interpreter
 
         jax_interpreter.install()
+
+if "NORMKIT_TEST_KERNELS" in os.environ:
+    from normkit.cpu import library
+
+    pytest.MonkeyPatch().setattr(library, "LIBRARY", Path(os.environ["NORMKIT_TEST_KERNELS"]))
 
 _ran: Counter[tuple[str, str, str]] = Counter()
 _refused: Counter[tuple[str, str, str]] = Counter()

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def pytest_in_a_process(
     devices: int = 1,
     interpret: bool = False,
     implementation: str = "reference",
+    variables: Mapping[str, str] | None = None,
     timeout: float = 600,
 ) -> str:
     """Run pytest on the CPU and return what it printed.
@@ -31,6 +33,7 @@ def pytest_in_a_process(
         devices: how many devices JAX sees.
         interpret: whether Triton interprets its kernels, which tests/jax_devices then asks for.
         implementation: what tests/jax_devices asks for otherwise.
+        variables: of the environment, more of them.
         timeout: seconds.
 
     Raises:
@@ -43,6 +46,7 @@ def pytest_in_a_process(
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
+    environment |= variables or {}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     output = done.stdout + done.stderr

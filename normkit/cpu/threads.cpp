@@ -67,7 +67,8 @@ class Pool {
         }
         grow(job.threads - 1);
         job_ = &job;
-        entered_.store(0);
+        // not set to 0: a thread late for the job before may be counted just now
+        entered_.fetch_sub(CLOSED);
         {
             std::lock_guard<std::mutex> guard(mutex_);
             epoch_.fetch_add(1);
