@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .arrays import FLOAT_DTYPES, Array, dtype_name
@@ -13,6 +13,12 @@ from .interface import Forward
 from .spec import NormSpec, Operand, Problem, describe
 
 FUNCTIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "add_rms_norm_", "add_layer_norm_")
+
+Arrays = tuple[Any, Any, Any, Any, Any, Any]
+"""x, residual, weight, bias, out and residual_out of a call, None for one that there is not."""
+
+Options = tuple[Any, Any, Any, Any, Any, Any]
+"""eps, weight_offset, rounding, residual_dtype, out_dtype and implementation."""
 
 
 class Call(NamedTuple):
@@ -33,11 +39,11 @@ class Call(NamedTuple):
     residual_out: Array | None = None
 
     @classmethod
-    def of(cls, function: str, arrays: Sequence[Array | None], options: Sequence[Any]) -> Call:
+    def of(cls, function: str, arrays: Arrays, options: Options) -> Call:
         """Return the call of x, residual, weight, bias, out and residual_out with eps and the options that follow it."""
         return cls(function, *arrays[:4], *options, *arrays[4:])
 
-    def parts(self) -> tuple[str, tuple[Array | None, ...], tuple[Any, ...]]:
+    def parts(self) -> tuple[str, Arrays, Options]:
         """Return what `of` takes."""
         return self[0], self[1:5] + self[11:], self[5:11]
 

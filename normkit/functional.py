@@ -8,7 +8,7 @@ from typing import Any
 
 from . import dispatch, registry
 from .arrays import Array, framework_of
-from .call import Call, bind
+from .call import Arrays, Call, Options, bind
 from .errors import OptionError
 from .implementations import TABLE
 from .registry import Verdict
@@ -205,7 +205,7 @@ def explain(function: str, x: Array, *arrays: Array | None, **options: Any) -> l
     return registry.explain(dispatch.problem_of(dispatch.as_numpy(bind(globals(), function, x, *arrays, **options))), TABLE)
 
 
-def compute(function: str, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+def compute(function: str, arrays: Arrays, options: Options) -> Any:
     """Compute a call on NumPy arrays, or hand it to the front end of its arrays' framework; see `Call.of`."""
     front_end = _front_end(arrays[0], *arrays[4:])
     if front_end:

@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normkit import registry
-from normkit.call import Call, bind
+from normkit.call import Arrays, Call, Options, bind
 from normkit.registry import Verdict
 
 from . import dispatch, gradient
@@ -40,7 +40,9 @@ def rms_norm(
         Array([[ 1., -1.]], dtype=float32)
     """
     return compute(
-        "rms_norm", (x, None, weight, bias), (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+        "rms_norm",
+        (x, None, weight, bias, None, None),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -69,7 +71,9 @@ def layer_norm(
         Array([[-1.225,  0.   ,  1.225]], dtype=float32)
     """
     return compute(
-        "layer_norm", (x, None, weight, bias), (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+        "layer_norm",
+        (x, None, weight, bias, None, None),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -126,7 +130,9 @@ def add_rms_norm(
         (Array([[ 1., -1.]], dtype=float32), Array([[ 3., -3.]], dtype=float32))
     """
     return compute(
-        "add_rms_norm", (x, residual, weight, bias), (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+        "add_rms_norm",
+        (x, residual, weight, bias, None, None),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -158,7 +164,9 @@ def add_layer_norm(
         (Array([[-1.225,  0.   ,  1.225]], dtype=float32), Array([[2., 4., 6.]], dtype=float32))
     """
     return compute(
-        "add_layer_norm", (x, residual, weight, bias), (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation)
+        "add_layer_norm",
+        (x, residual, weight, bias, None, None),
+        (eps, weight_offset, rounding, residual_dtype, out_dtype, implementation),
     )
 
 
@@ -185,7 +193,9 @@ def add_rms_norm_(
         >>> residual_out
         Array([[ 3., -3.]], dtype=float32)
     """
-    return compute("add_rms_norm_", (x, residual, weight, bias), (eps, weight_offset, rounding, None, None, implementation))
+    return compute(
+        "add_rms_norm_", (x, residual, weight, bias, None, None), (eps, weight_offset, rounding, None, None, implementation)
+    )
 
 
 def add_layer_norm_(
@@ -206,7 +216,9 @@ def add_layer_norm_(
         >>> add_layer_norm_(jnp.array([[1.0, 3.0]]), jnp.array([[0.0, 4.0]]), eps=0.0)[0]
         Array([[-1.,  1.]], dtype=float32)
     """
-    return compute("add_layer_norm_", (x, residual, weight, bias), (eps, weight_offset, rounding, None, None, implementation))
+    return compute(
+        "add_layer_norm_", (x, residual, weight, bias, None, None), (eps, weight_offset, rounding, None, None, implementation)
+    )
 
 
 def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: Any) -> list[Verdict]:
@@ -230,7 +242,7 @@ def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: A
     return registry.explain(dispatch.problem_of(call, needs_grad=False), TABLE)
 
 
-def compute(function: str, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+def compute(function: str, arrays: Arrays, options: Options) -> Any:
     """Compute a call, eagerly or under any of JAX's transformations; see `normkit.call.Call.of`."""
     call = dispatch.as_jax(Call.of(function, arrays, options))
     return call.result(gradient.norm(call))

@@ -20,11 +20,8 @@ from torch._C import _increment_version
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
 
-from normkit.call import Call
+from normkit.call import Arrays, Call, Options
 from normkit.spec import Problem
-
-Tensors = tuple[Any, Any, Any, Any, Any, Any]
-"""x, residual, weight, bias, out and residual_out of a call."""
 
 Launch = Callable[[tuple[int, ...]], None]
 """Takes the addresses of x, residual, weight, bias, y, residual_out, mean and rstd, all contiguous; 0 for what there is not."""
@@ -57,7 +54,7 @@ class Prepared:
         launch: runs the kernel.
     """
 
-    given: Callable[[Tensors], Any]
+    given: Callable[[Arrays], Any]
     fits: Callable[..., bool]
     requires_grad: bool
     in_place: bool
@@ -67,11 +64,11 @@ class Prepared:
     has_mean: bool
     apart: set[tuple[int, ...]]
     pairs: list[tuple[int, int, int, int]]
-    written: Callable[[Tensors], Any] | None
+    written: Callable[[Arrays], Any] | None
     launch: Launch
 
 
-def forward(function: str, tensors: Tensors, options: tuple[object, ...], needs_grad: bool = False) -> Results | None:
+def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool = False) -> Results | None:
     """Compute a call that was prepared, in plain eager code or within an operator; None if there is none like it.
 
     Args:
@@ -145,14 +142,13 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
     in_place, dtype = problem.in_place, problem.residual_out_dtype
     written = [place for place in ((0, 1) if in_place else (4, 5)) if tensors[place] is not None]
     counted = [place for place in written if not tensors[place].is_inference()]
-    guard = TensorGuards(
-        *given,
-        dynamic_dims_sizes=[[*tensor.shape] for tensor in given],
-        dynamic_dims_strides=[[*tensor.stride()] for tensor in given],
-    )
+    layouts: dict[str, Any] = {
+        "dynamic_dims_sizes": [[*tensor.shape] for tensor in given],
+        "dynamic_dims_strides": [[*tensor.stride()] for tensor in given],
+    }
     ready = Prepared(
         given=_picking([place for place, tensor in enumerate(tensors) if tensor is not None]),
-        fits=guard.check,
+        fits=TensorGuards(*given, **layouts).check,
         requires_grad=any(tensor.requires_grad for tensor in given),
         in_place=in_place,
         y_dtype=getattr(torch, problem.out_dtype),
@@ -176,7 +172,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _picking(places: list[int]) -> Callable[[Tensors], Any]:
+def _picking(places: list[int]) -> Callable[[Arrays], Any]:
     return itemgetter(*places) if len(places) > 1 else lambda tensors: (tensors[places[0]],)
 
 

@@ -12,13 +12,13 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from normkit import reference
-from normkit.call import Call
+from normkit.call import Arrays, Call, Options
 from normkit.errors import OptionError, UnsupportedError
 
 from . import dispatch, operators, prepared
 
 
-def compute(function: str, tensors: prepared.Tensors, options: tuple[Any, ...]) -> Any:
+def compute(function: str, tensors: Arrays, options: Options) -> Any:
     """Compute a call: at once if one like it was computed before.
 
     Args:
