@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from normkit import layout, registry
 from normkit.arrays import FLOAT_DTYPES, dtype_name
@@ -56,8 +58,22 @@ def layout_of(tensors: list[Tensor]) -> str:
     return layout.classify(tensors[0].shape, [tensor.stride() for tensor in tensors])
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but this package needs to know of a call: no tracer, no dispatch mode, no subclass, no lazy sign."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(tensor) not in (Tensor, Parameter) or tensor.is_neg() for tensor in tensors if tensor is not None)
+    )
+
+
 def forward(call: Call, needs_grad: bool) -> Forward:
     """Choose an implementation and compute; the results are contiguous, with statistics where a backward may follow."""
+    function, tensors, options = call.parts()
+    ready = prepared.find(function, tensors, options, needs_grad)
+    made = prepared.run(ready, tensors) if ready else None
+    if made:
+        return Forward(*made)
     problem = problem_of(call, needs_grad)
     kernels = registry.select(problem, TABLE, call.implementation).load()
     computed = _forward(call, problem, kernels)
@@ -111,7 +127,15 @@ def backward(
     rstd: Tensor,
     implementation: str | None,
 ) -> Gradients:
-    """Choose an implementation and compute the gradients; they are contiguous."""
+    """Choose an implementation and compute the gradients; they are contiguous.
+
+    Args:
+        problem: that of the forward call.
+        implementation: one by name.
+        wanted: as in `normkit.interface.Kernels.backward`; so are the others.
+    """
+    layout = layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
+    problem = problem if layout == problem.layout else replace(problem, layout=layout)
     kernels = registry.select(problem, TABLE, implementation).load()
     gradients = kernels.backward(problem, wanted, dy, dresidual_out, h, weight, mean, rstd)
     return Gradients(*(None if gradient is None else gradient.contiguous() for gradient in gradients))

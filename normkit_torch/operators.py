@@ -19,7 +19,7 @@ from normkit.call import Call
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
-from . import device, dispatch, prepared
+from . import device, dispatch
 from .implementations import TABLE
 from .memory import check_writes
 
@@ -84,8 +84,7 @@ def _pack(like: Tensor, results: Iterable[Tensor | None]) -> Four:
 
 def _norm(*arguments: Any) -> Four:
     *call, needs_grad = arguments
-    computed = prepared.forward(*_call(*call).parts(), needs_grad)
-    return _pack(arguments[0], computed or dispatch.forward(_call(*call), needs_grad))
+    return _pack(arguments[0], dispatch.forward(_call(*call), needs_grad))
 
 
 def _call(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, function: str, *options: Any) -> Call:
@@ -113,8 +112,7 @@ def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
 
 
 def _norm_in_place(*call: Any) -> None:
-    if prepared.forward(*_call(*call).parts()) is None:
-        dispatch.forward_(_call(*call))
+    dispatch.forward_(_call(*call))
 
 
 def _norm_in_place_fake(*call: Any) -> None:
@@ -160,8 +158,7 @@ def _norm_backward(
 ) -> Four:
     *options_of_problem, wanted, implementation = options
     platform, arch = device.platform_of(h.device)
-    layout = dispatch.layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
-    problem = _gradient_problem(dy, h, weight, *options_of_problem, platform=platform, arch=arch, layout=layout)
+    problem = _gradient_problem(dy, h, weight, *options_of_problem, platform=platform, arch=arch)
     statistics = (mean if problem.spec.subtract_mean else None, rstd)
     gradients = dispatch.backward(problem, Wanted(*wanted), dy, dresidual_out, h, weight, *statistics, implementation)
     return _pack(h, gradients)
@@ -195,22 +192,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    problem: Problem = ctx.problem
-    h, weight, mean, rstd = ctx.saved_tensors
-    wanted = Wanted.by(problem, *ctx.needs_input_grad[:4])
+    wanted = Wanted.by(ctx.problem, *ctx.needs_input_grad[:4])
+    gradients = backward(ctx.problem, ctx.implementation, wanted, dy, dresidual_out, *ctx.saved_tensors)
+    return *gradients, *(None,) * 8
+
+
+def backward(
+    problem: Problem,
+    implementation: str | None,
+    wanted: Wanted,
+    dy: Tensor | None,
+    dresidual_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of x, residual, weight and bias through the operator, where y or residual_out has one."""
     if problem.residual_out_dtype is None:
         dresidual_out = None
     if dy is None:
-        gradients = _passed_on(problem, wanted, dresidual_out)
-    else:
-        spec = problem.spec
-        mathematics = (spec.kind, spec.eps, spec.weight_offset, spec.rounding)
-        dtypes = (problem.x_dtype, problem.residual_dtype, problem.bias_dtype, problem.residual_out_dtype)
-        results = torch.ops.normkit.norm_backward(
-            dy, dresidual_out, h, weight, mean, rstd, *mathematics, *dtypes, list(wanted), ctx.implementation
-        )
-        gradients = Gradients(*(result if asked else None for result, asked in zip(results, wanted, strict=True)))
-    return *gradients.by_operand(problem), *(None,) * 8
+        return _passed_on(problem, wanted, dresidual_out).by_operand(problem)
+    spec = problem.spec
+    mathematics = (spec.kind, spec.eps, spec.weight_offset, spec.rounding)
+    dtypes = (problem.x_dtype, problem.residual_dtype, problem.bias_dtype, problem.residual_out_dtype)
+    mean = rstd.new_empty(0) if mean is None else mean
+    results = torch.ops.normkit.norm_backward(
+        dy, dresidual_out, h, weight, mean, rstd, *mathematics, *dtypes, list(wanted), implementation
+    )
+    gradients = Gradients(*(result if asked else None for result, asked in zip(results, wanted, strict=True)))
+    return gradients.by_operand(problem)
 
 
 def _passed_on(problem: Problem, wanted: Wanted, dresidual_out: Tensor | None) -> Gradients:

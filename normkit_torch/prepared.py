@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, empty, empty_like, is_grad_enabled
+from torch import Tensor, empty, empty_like
 from torch._C import _increment_version
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
@@ -40,6 +40,7 @@ class Prepared:
     """What is left to do in a call.
 
     Attributes:
+        problem: the call, as it was described when it was prepared.
         given: picks the tensors that are not None.
         fits: whether these are like those of the call that was prepared.
         requires_grad: whether one of them asks for a gradient.
@@ -54,6 +55,7 @@ class Prepared:
         launch: runs the kernel.
     """
 
+    problem: Problem
     given: Callable[[Arrays], Any]
     fits: Callable[..., bool]
     requires_grad: bool
@@ -68,13 +70,13 @@ class Prepared:
     launch: Launch
 
 
-def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool = False) -> Results | None:
-    """Compute a call that was prepared, in plain eager code or within an operator; None if there is none like it.
+def find(function: str, tensors: Arrays, options: Options, needs_grad: bool = False) -> Prepared | None:
+    """Return the prepared call that fits arguments, which need not be right; None if there is none.
 
     Args:
-        function: as in `normkit.call.Call`; so are the others, which need not be right.
+        function: as in `normkit.call.Call`.
         tensors: those given.
-        options: eps and all that follow.
+        options: the others.
         needs_grad: whether the statistics are wanted.
     """
     x, residual, weight, bias, out, residual_out = tensors
@@ -87,11 +89,13 @@ def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool =
         return None
     for ready in alike:
         if ready.fits(*ready.given(tensors)):
-            break
-    else:
-        return None
-    if ready.requires_grad and not needs_grad and is_grad_enabled():
-        return None
+            return ready
+    return None
+
+
+def run(ready: Prepared, tensors: Arrays) -> Results | None:
+    """Compute a prepared call, in plain eager code or within an operator; None if memory to write to is other memory too."""
+    x, residual, weight, bias, out, residual_out = tensors
     if ready.in_place:
         one, other = x.data_ptr(), residual.data_ptr()
         addresses: tuple[int, ...] = one, other, _address(weight), _address(bias), one, other, 0, 0
@@ -147,6 +151,7 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
         "dynamic_dims_strides": [[*tensor.stride()] for tensor in given],
     }
     ready = Prepared(
+        problem=problem,
         given=_picking([place for place, tensor in enumerate(tensors) if tensor is not None]),
         fits=TensorGuards(*given, **layouts).check,
         requires_grad=any(tensor.requires_grad for tensor in given),

@@ -15,7 +15,7 @@ from normkit import reference
 from normkit.call import Arrays, Call, Options
 from normkit.errors import OptionError, UnsupportedError
 
-from . import dispatch, operators, prepared
+from . import dispatch, gradient, operators, prepared
 
 
 def compute(function: str, tensors: Arrays, options: Options) -> Any:
@@ -29,7 +29,9 @@ def compute(function: str, tensors: Arrays, options: Options) -> Any:
     made = None
     # a transform that is active, and what else torch would do with the tensors, is seen by the guard of a prepared call
     if not (is_dynamo_compiling() or _len_torch_dispatch_stack() or forward_ad._current_level >= 0):
-        made = prepared.forward(function, tensors, options)
+        ready = prepared.find(function, tensors, options)
+        if ready is not None and not (ready.requires_grad and torch.is_grad_enabled()):
+            made = prepared.run(ready, tensors)
     if made is None:
         return _compute(Call.of(function, tensors, options))
     y, residual_out, _, _ = made
@@ -43,7 +45,7 @@ def _compute(call: Call) -> Any:
         raise OptionError(_gradient_lost(call))
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _under_transform(call)
-    plain = not grad and _is_plain(call)
+    plain = dispatch.is_plain(*call.parts()[1])
     if call.function.endswith("_"):
         if not plain:
             return operators.norm_(call)
@@ -51,6 +53,8 @@ def _compute(call: Call) -> Any:
         return call.x, call.residual
     if not plain:
         return operators.norm(call, grad)
+    if grad:
+        return gradient.norm(call)
     return call.result(dispatch.forward_into(call) if call.writes else dispatch.forward(call, needs_grad=False))
 
 
@@ -88,17 +92,4 @@ def needs_grad(call: Call) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(tensor, Tensor) and tensor.requires_grad
         for tensor in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
-    )
-
-
-def _is_plain(call: Call) -> bool:
-    """Whether nothing but this function needs to know of the call: no tracer, no dispatch mode, no subclass, no lazy sign."""
-    return not (
-        torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or any(
-            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg()
-            for tensor in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
-            if tensor is not None
-        )
     )
