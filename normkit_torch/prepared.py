@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, empty, empty_like
 from torch._C import _increment_version
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
 
@@ -109,6 +110,11 @@ def run(ready: Prepared, tensors: Arrays) -> Results | None:
     if ready.written:
         _increment_version(ready.written(tensors))
     return results
+
+
+# what torch.compile could not compile as a whole it compiles frame by frame: not these, and none that they call
+for _function in (find, run):
+    set_code_exec_strategy(_function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def _room(ready: Prepared, x: Tensor, y: Tensor | None, residual_out: Tensor | None) -> Results:
