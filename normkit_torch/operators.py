@@ -113,7 +113,9 @@ def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
 
 
 def _norm_in_place(*call: Any) -> None:
-    if prepared.forward(*_call(*call).parts()) is None:
+    # below autograd the guard of a prepared call cannot tell tensors of inference mode, read-only outside of it, from others
+    read_only = (call[0].is_inference() or call[1].is_inference()) and not torch.is_inference_mode_enabled()
+    if read_only or prepared.forward(*_call(*call).parts()) is None:
         dispatch.forward_(_call(*call))
 
 
