@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, empty, empty_like
+from torch import Tensor, contiguous_format, empty, empty_like
 from torch._C import _increment_version
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._dynamo.guards import TensorGuards
@@ -83,10 +83,21 @@ def find(function: str, tensors: Arrays, options: Options, needs_grad: bool = Fa
     x, residual, weight, bias, out, residual_out = tensors
     if type(x) is not Tensor:
         return None
-    types = type(residual), type(weight), type(bias), type(out), type(residual_out)
+    # of options that are equal, as 1 and 1 + 0j are, not all need be right
+    types = type(residual), type(weight), type(bias), type(out), type(residual_out), type(options[0]), type(options[1])
     try:
-        alike = _calls.get((function, options, needs_grad, x.shape, x.dtype, types), ())
-    except TypeError:  # an option that cannot be hashed is none that there is
+        alike = _calls.get((function, options, needs_grad, x.shape, x.dtype, types))
+    except (TypeError, RuntimeError):  # an option that cannot be hashed is none that there is, and a nested x has no shape
+        return None
+    if not alike:
+        return None
+    if (  # written out, as it is quicker: a nested tensor has no strides, and to look for them the guard would end the process
+        (residual is not None and residual.is_nested)
+        or (weight is not None and weight.is_nested)
+        or (bias is not None and bias.is_nested)
+        or (out is not None and out.is_nested)
+        or (residual_out is not None and residual_out.is_nested)
+    ):
         return None
     for ready in alike:
         if ready.fits(*ready.given(tensors)):
@@ -99,7 +110,8 @@ def run(ready: Prepared, tensors: Arrays) -> Results | None:
     x, residual, weight, bias, out, residual_out = tensors
     if ready.in_place:
         one, other = x.data_ptr(), residual.data_ptr()
-        addresses: tuple[int, ...] = one, other, _address(weight), _address(bias), one, other, 0, 0
+        parameters = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        addresses: tuple[int, ...] = one, other, *parameters, one, other, 0, 0
         results: Results = x, residual, None, None
     else:
         results = _room(ready, x, out, residual_out)
@@ -119,9 +131,9 @@ for _function in (find, run):
 
 def _room(ready: Prepared, x: Tensor, y: Tensor | None, residual_out: Tensor | None) -> Results:
     if y is None:
-        y = empty_like(x, dtype=ready.y_dtype)
+        y = empty_like(x, dtype=ready.y_dtype, memory_format=contiguous_format)
     if residual_out is None and ready.residual_out_dtype:
-        residual_out = empty_like(x, dtype=ready.residual_out_dtype)
+        residual_out = empty_like(x, dtype=ready.residual_out_dtype, memory_format=contiguous_format)
     if ready.statistics is None:
         return y, residual_out, None, None
     rstd = empty(ready.statistics, dtype=torch.float32, device=x.device)
@@ -147,8 +159,9 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
     launcher = getattr(kernels, "launcher", None)
     function, tensors, options = call.parts()
     given = [tensor for tensor in tensors if tensor is not None]
-    if launcher is None or not problem.rows or not all(map(_is_plain, given)):
-        return
+    plain = type(call.x) is Tensor and all(map(_is_plain, given))
+    if launcher is None or not problem.rows or not plain or len(set(map(id, given))) < len(given):
+        return  # the last of these is what the guard takes to be another call
     in_place, dtype = problem.in_place, problem.residual_out_dtype
     written = [place for place in ((0, 1) if in_place else (4, 5)) if tensors[place] is not None]
     counted = [place for place in written if not tensors[place].is_inference()]
@@ -173,7 +186,7 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
     )
     if len(_calls) >= _MOST:
         _calls.clear()
-    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, tuple(map(type, tensors[1:])))
+    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, tuple(map(type, (*tensors[1:], *options[:2]))))
     alike = _calls.setdefault(key, [])
     alike.insert(0, ready)
     del alike[_MOST_ALIKE:]
