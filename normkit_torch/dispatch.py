@@ -70,10 +70,9 @@ def is_plain(*tensors: Tensor | None) -> bool:
 def forward(call: Call, needs_grad: bool) -> Forward:
     """Choose an implementation and compute; the results are contiguous, with statistics where a backward may follow."""
     function, tensors, options = call.parts()
-    ready = prepared.find(function, tensors, options, needs_grad)
-    made = prepared.run(ready, tensors) if ready else None
+    made = prepared.forward(function, tensors, options, needs_grad)
     if made:
-        return Forward(*made)
+        return Forward(*made[:4])
     problem = problem_of(call, needs_grad)
     kernels = registry.select(problem, TABLE, call.implementation).load()
     computed = _forward(call, problem, kernels)

@@ -33,15 +33,11 @@ class _Norm(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         tensors = (x, residual, weight, bias, None, None)
-        ready = prepared.find(function, tensors, options, needs_grad=True)
-        made = prepared.run(ready, tensors) if ready else None
-        if ready and made:
-            ctx.problem = ready.problem
-        else:
+        made = prepared.forward(function, tensors, options, needs_grad=True)
+        if made is None:
             call = Call.of(function, tensors, options)
-            made = dispatch.forward(call, needs_grad=True)
-            ctx.problem = dispatch.problem_of(call, needs_grad=True)
-        y, residual_out, mean, rstd = made
+            made = *dispatch.forward(call, needs_grad=True), dispatch.problem_of(call, needs_grad=True)
+        y, residual_out, mean, rstd, ctx.problem = made
         ctx.implementation = options[-1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if residual_out is None else residual_out, weight, mean, rstd)

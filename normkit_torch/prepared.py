@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, contiguous_format, empty, empty_like
+from torch import Tensor, contiguous_format, empty, empty_like, is_grad_enabled
 from torch._C import _increment_version
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._dynamo.guards import TensorGuards
@@ -27,8 +27,8 @@ from normkit.spec import Problem
 Launch = Callable[[tuple[int, ...]], None]
 """Takes the addresses of x, residual, weight, bias, y, residual_out, mean and rstd, all contiguous; 0 for what there is not."""
 
-Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""y, residual_out, mean and rstd, as in `normkit.interface.Forward`."""
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Problem]
+"""y, residual_out, mean and rstd, as in `normkit.interface.Forward`, and the call as it was described when it was prepared."""
 
 # calls to keep, those among them that differ in the strides of their tensors and the like, and addresses of each
 _MOST, _MOST_ALIKE, _MOST_ADDRESSES = 1024, 8, 1024
@@ -71,11 +71,13 @@ class Prepared:
     launch: Launch
 
 
-def find(function: str, tensors: Arrays, options: Options, needs_grad: bool = False) -> Prepared | None:
-    """Return the prepared call that fits arguments, which need not be right; None if there is none.
+def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool = False) -> Results | None:
+    """Compute a call that was prepared, in plain eager code or within an operator; None if there is none like it.
+
+    One function, and some of it written out, because all that it does takes less time than a few calls.
 
     Args:
-        function: as in `normkit.call.Call`.
+        function: as in `normkit.call.Call`, whose arguments need not be right.
         tensors: those given.
         options: the others.
         needs_grad: whether the statistics are wanted.
@@ -83,15 +85,14 @@ def find(function: str, tensors: Arrays, options: Options, needs_grad: bool = Fa
     x, residual, weight, bias, out, residual_out = tensors
     if type(x) is not Tensor:
         return None
-    # of options that are equal, as 1 and 1 + 0j are, not all need be right
-    types = type(residual), type(weight), type(bias), type(out), type(residual_out), type(options[0]), type(options[1])
+    types = type(residual), type(weight), type(bias), type(out), type(residual_out)
     try:
         alike = _calls.get((function, options, needs_grad, x.shape, x.dtype, types))
     except (TypeError, RuntimeError):  # an option that cannot be hashed is none that there is, and a nested x has no shape
         return None
     if not alike:
         return None
-    if (  # written out, as it is quicker: a nested tensor has no strides, and to look for them the guard would end the process
+    if (  # a nested tensor has no strides, and to look for them the guard would end the process
         (residual is not None and residual.is_nested)
         or (weight is not None and weight.is_nested)
         or (bias is not None and bias.is_nested)
@@ -101,35 +102,38 @@ def find(function: str, tensors: Arrays, options: Options, needs_grad: bool = Fa
         return None
     for ready in alike:
         if ready.fits(*ready.given(tensors)):
-            return ready
-    return None
-
-
-def run(ready: Prepared, tensors: Arrays) -> Results | None:
-    """Compute a prepared call, in plain eager code or within an operator; None if memory to write to is other memory too."""
-    x, residual, weight, bias, out, residual_out = tensors
-    if ready.in_place:
-        one, other = x.data_ptr(), residual.data_ptr()
-        parameters = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        addresses: tuple[int, ...] = one, other, *parameters, one, other, 0, 0
-        results: Results = x, residual, None, None
+            break
     else:
-        results = _room(ready, x, out, residual_out)
-        addresses = (x.data_ptr(), _address(residual), _address(weight), _address(bias), *map(_address, results))
+        return None
+    if ready.requires_grad and not needs_grad and is_grad_enabled():
+        return None
+    if ready.in_place:
+        y, residual_out, mean, rstd = x, residual, None, None
+    else:
+        y, residual_out, mean, rstd = _room(ready, x, out, residual_out)
+    addresses = (
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        0 if residual_out is None else residual_out.data_ptr(),
+        0 if mean is None else mean.data_ptr(),
+        0 if rstd is None else rstd.data_ptr(),
+    )
     if ready.pairs and addresses not in ready.apart and not _are_apart(ready, addresses):
         return None
     ready.launch(addresses)
     if ready.written:
         _increment_version(ready.written(tensors))
-    return results
+    return y, residual_out, mean, rstd, ready.problem
 
 
-# what torch.compile could not compile as a whole it compiles frame by frame: not these, and none that they call
-for _function in (find, run):
-    set_code_exec_strategy(_function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+# what torch.compile could not compile as a whole it compiles frame by frame: not this, and nothing that it calls
+set_code_exec_strategy(forward.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
-def _room(ready: Prepared, x: Tensor, y: Tensor | None, residual_out: Tensor | None) -> Results:
+def _room(ready: Prepared, x: Tensor, y: Tensor | None, residual_out: Tensor | None) -> tuple[Any, Any, Any, Any]:
     if y is None:
         y = empty_like(x, dtype=ready.y_dtype, memory_format=contiguous_format)
     if residual_out is None and ready.residual_out_dtype:
@@ -138,10 +142,6 @@ def _room(ready: Prepared, x: Tensor, y: Tensor | None, residual_out: Tensor | N
         return y, residual_out, None, None
     rstd = empty(ready.statistics, dtype=torch.float32, device=x.device)
     return y, residual_out, empty_like(rstd) if ready.has_mean else None, rstd
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _are_apart(ready: Prepared, addresses: tuple[int, ...]) -> bool:
@@ -186,7 +186,7 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
     )
     if len(_calls) >= _MOST:
         _calls.clear()
-    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, tuple(map(type, (*tensors[1:], *options[:2]))))
+    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, tuple(map(type, tensors[1:])))
     alike = _calls.setdefault(key, [])
     alike.insert(0, ready)
     del alike[_MOST_ALIKE:]

@@ -29,12 +29,10 @@ def compute(function: str, tensors: Arrays, options: Options) -> Any:
     made = None
     # a transform that is active, and what else torch would do with the tensors, is seen by the guard of a prepared call
     if not (is_dynamo_compiling() or _len_torch_dispatch_stack() or forward_ad._current_level >= 0):
-        ready = prepared.find(function, tensors, options)
-        if ready is not None and not (ready.requires_grad and torch.is_grad_enabled()):
-            made = prepared.run(ready, tensors)
+        made = prepared.forward(function, tensors, options)
     if made is None:
         return _compute(Call.of(function, tensors, options))
-    y, residual_out, _, _ = made
+    y, residual_out, _, _, _ = made
     return (y, tensors[0] if residual_out is None else residual_out) if function.startswith("add_") else y
 
 
