@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels as custom calls of XLA: handlers whose one attribute is the packed call, with 1 for the pointer of each array that
-// there is. Operands and results come in the order of these pointers.
+// The kernels as custom calls of XLA: handlers whose one attribute is the packed call, with 1 for the pointer of each array
+// that there is. Operands and results come in the order of these pointers.
+#include <atomic>
 #include <cfenv>
 #include <cstring>
+#include <new>
+#include <thread>
 
 #include "arguments.hpp"
 #include "xla_ffi.hpp"
@@ -16,7 +19,7 @@ namespace {
 
 using namespace xla_ffi;
 
-// XLA's threads round subnormal numbers to zero. The threads that a call starts take its arithmetic over, for good.
+// XLA's threads round subnormal numbers to zero.
 class IeeeArithmetic {
   public:
     IeeeArithmetic() {
@@ -28,6 +31,69 @@ class IeeeArithmetic {
   private:
     std::fenv_t before_;
 };
+
+// Work for whichever threads of XLA come before it is done. It stays until the last of them has seen it, long after maybe.
+class Shared {
+  public:
+    Shared(void (*work)(void *), void *data) : work_(work), data_(data) {}
+
+    bool schedule_on(const CallFrame *frame) {
+        owners_.fetch_add(1);
+        ScheduleArguments arguments{sizeof(ScheduleArguments), nullptr, frame->context, join, this};
+        Error *failure = frame->api->schedule(&arguments);
+        if (failure) {
+            DestroyArguments destroyed{sizeof(DestroyArguments), nullptr, failure};
+            frame->api->destroy_error(&destroyed);
+            release();
+        }
+        return !failure;
+    }
+
+    void finish() {
+        work_(data_);
+        entered_.fetch_or(CLOSED);
+        while (entered_.load() != CLOSED) {
+            std::this_thread::yield();
+        }
+        release();
+    }
+
+  private:
+    static void join(void *argument) {
+        Shared *shared = static_cast<Shared *>(argument);
+        if (shared->entered_.fetch_add(1) < CLOSED) {
+            IeeeArithmetic arithmetic;
+            shared->work_(shared->data_);
+        }
+        shared->entered_.fetch_sub(1);
+        shared->release();
+    }
+
+    void release() {
+        if (owners_.fetch_sub(1) == 1) {
+            delete this;
+        }
+    }
+
+    static constexpr int64_t CLOSED = int64_t(1) << 32;
+    void (*work_)(void *);
+    void *data_;
+    std::atomic<int64_t> entered_{0}, owners_{1};
+};
+
+thread_local const CallFrame *current;
+
+// Stands for GNU OpenMP's function: between two pools of threads that wait awake, each takes the processors from the other.
+void on_threads_of_xla(void (*work)(void *), void *data, unsigned threads, unsigned) {
+    Shared *shared = new (std::nothrow) Shared(work, data);
+    if (!shared) {
+        work(data);
+        return;
+    }
+    while (--threads > 0 && shared->schedule_on(current)) {
+    }
+    shared->finish();
+}
 
 Error *error(const CallFrame *frame, ErrorCode code, const char *message) {
     ErrorArguments arguments{sizeof(ErrorArguments), nullptr, message, code};
@@ -76,8 +142,8 @@ Error *run(const CallFrame *frame, int64_t operands, int64_t results, int (*kern
     }
     constexpr size_t WORDS = sizeof(Call) / sizeof(int64_t);
     const Attributes &attributes = frame->attributes;
-    if (frame->struct_size < sizeof(CallFrame) || attributes.count != 1 || attributes.types[0] != ARRAY ||
-        attributes.values[0]->dtype != INT64 || attributes.values[0]->count != WORDS) {
+    if (frame->struct_size < sizeof(CallFrame) || frame->api->struct_size < sizeof(Api) || attributes.count != 1 ||
+        attributes.types[0] != ARRAY || attributes.values[0]->dtype != INT64 || attributes.values[0]->count != WORDS) {
         return error(frame, INVALID_ARGUMENT, "normkit's custom call was made by another version of normkit");
     }
     int64_t words[WORDS];
@@ -88,6 +154,8 @@ Error *run(const CallFrame *frame, int64_t operands, int64_t results, int (*kern
     if (!filled || elements(*frame->operands.buffers[0]) != call.rows * call.hidden) {
         return error(frame, INVALID_ARGUMENT, "normkit's custom call was given other arrays than those it was made for");
     }
+    call.gomp_parallel = reinterpret_cast<void *>(on_threads_of_xla);
+    current = frame;
     IeeeArithmetic arithmetic;
     switch (kernel(&call)) {
         case 0:

@@ -46,6 +46,20 @@ struct ErrorArguments {
     ErrorCode code;
 };
 
+struct DestroyArguments {
+    size_t struct_size;
+    Extension *extension;
+    Error *error;
+};
+
+struct ScheduleArguments {
+    size_t struct_size;
+    Extension *extension;
+    void *context;
+    void (*task)(void *data);
+    void *data;
+};
+
 // The first of many functions.
 struct Api {
     size_t struct_size;
@@ -53,6 +67,11 @@ struct Api {
     Version version;
     const void *internal;
     Error *(*create_error)(ErrorArguments *);
+    void (*error_message)();
+    void (*destroy_error)(DestroyArguments *);
+    void (*others[8])();
+    // Runs a task on a thread of XLA's, some time; an error where there are none.
+    Error *(*schedule)(ScheduleArguments *);
 };
 
 struct Buffer {
