@@ -8,7 +8,7 @@ struct Rows {
     int64_t outer, inner;
 };
 
-// GNU OpenMP's GOMP_parallel and omp_get_thread_num, whose threads the caller's framework uses, or null.
+// GNU OpenMP's GOMP_parallel and omp_get_thread_num, or what does the same with the threads of the caller's framework, or null.
 struct OpenMP {
     void *parallel, *thread_number;
 };

@@ -32,6 +32,11 @@ class IeeeArithmetic {
     std::fenv_t before_;
 };
 
+// The number of this thread in the work that it does.
+thread_local int worker;
+
+int number_of_worker() { return worker; }
+
 // Work for whichever threads of XLA come before it is done. It stays until the last of them has seen it, long after maybe.
 class Shared {
   public:
@@ -50,6 +55,7 @@ class Shared {
     }
 
     void finish() {
+        worker = 0;
         work_(data_);
         entered_.fetch_or(CLOSED);
         while (entered_.load() != CLOSED) {
@@ -63,6 +69,7 @@ class Shared {
         Shared *shared = static_cast<Shared *>(argument);
         if (shared->entered_.fetch_add(1) < CLOSED) {
             IeeeArithmetic arithmetic;
+            worker = shared->joined_.fetch_add(1) + 1;
             shared->work_(shared->data_);
         }
         shared->entered_.fetch_sub(1);
@@ -79,14 +86,16 @@ class Shared {
     void (*work_)(void *);
     void *data_;
     std::atomic<int64_t> entered_{0}, owners_{1};
+    std::atomic<int> joined_{0};
 };
 
 thread_local const CallFrame *current;
 
-// Stands for GNU OpenMP's function: between two pools of threads that wait awake, each takes the processors from the other.
+// Stands for GOMP_parallel: between two pools of threads that wait awake, each takes the processors from the other.
 void on_threads_of_xla(void (*work)(void *), void *data, unsigned threads, unsigned) {
     Shared *shared = new (std::nothrow) Shared(work, data);
     if (!shared) {
+        worker = 0;
         work(data);
         return;
     }
@@ -154,7 +163,7 @@ Error *run(const CallFrame *frame, int64_t operands, int64_t results, int (*kern
     if (!filled || elements(*frame->operands.buffers[0]) != call.rows * call.hidden) {
         return error(frame, INVALID_ARGUMENT, "normkit's custom call was given other arrays than those it was made for");
     }
-    call.gomp_parallel = reinterpret_cast<void *>(on_threads_of_xla);
+    call.openmp = OpenMP{reinterpret_cast<void *>(on_threads_of_xla), reinterpret_cast<void *>(number_of_worker)};
     current = frame;
     IeeeArithmetic arithmetic;
     switch (kernel(&call)) {
