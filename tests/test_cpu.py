@@ -79,14 +79,17 @@ def test_a_row_alone_has_the_bits_that_it_has_among_others(kind: str, dtypes: tu
 
 @KINDS
 @MIXED
+@pytest.mark.parametrize("rounding", ["sum", "stored", "hf"])
+@pytest.mark.parametrize("shape", [(300, 513), (1, 32768), (3, 40001)], ids=str)
 def test_the_number_of_threads_changes_no_bit(
-    kind: str, dtypes: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+    kind: str, dtypes: tuple[str | None, ...], rounding: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = operands(300, 513, dtypes)
+    """Threads deal with the rows, or share a long one where there are more threads than rows."""
+    given = operands(*shape, dtypes)
     found = []
     for threads in (1, 2, 3, 8):
         monkeypatch.setattr(cpu, "threads", lambda threads=threads: threads)
-        found.append(both_ways(kind, given, dtypes))
+        found.append(both_ways(kind, given, dtypes, rounding))
     for other in found[1:]:
         assert_same_bits(other, found[0])
 

@@ -40,6 +40,14 @@ def test_without_kernels_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @COMPILED
+def test_kernels_of_other_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "digest", lambda: "other")
+    missing = library.load.__wrapped__()
+    assert isinstance(missing, library.Missing)
+    assert "other sources" in missing.reason and "python -m normkit.cpu.build" in missing.reason
+
+
+@COMPILED
 def test_a_child_process_computes_too() -> None:
     code = (
         "import os, numpy as np, normkit\n"

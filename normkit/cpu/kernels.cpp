@@ -196,6 +196,9 @@ void widen_parameters(const Forward &call, const Level *level, Scratch &scratch,
 
 }  // namespace
 
+// Of the sources that this was compiled from.
+EXPORTED const char *normkit_digest() { return DIGEST; }
+
 // The levels that this processor has, as bits.
 EXPORTED int64_t normkit_levels() {
     int64_t bits = 0;

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..interface import Rejected
 from ..spec import Problem
-from .build import LIBRARY
+from .build import LIBRARY, digest
 
 FASTEST = -1
 """The level to ask for: the fastest that the processor has; others are the bits of `Library.levels`, from 0."""
@@ -66,8 +66,13 @@ def load() -> Library | Missing:
         functions = library.normkit_forward, quick, library.normkit_backward
         handlers = library.normkit_ffi_forward, library.normkit_ffi_backward
         levels = library.normkit_levels()
+        compiled_from = ctypes.CFUNCTYPE(ctypes.c_char_p)(("normkit_digest", library))()
     except (OSError, AttributeError) as error:
         return Missing(f"its compiled kernels cannot be loaded: {error}; python -m normkit.cpu.build compiles them anew")
+    if compiled_from != digest().encode():
+        return Missing(
+            "its kernels were compiled from other sources than these: python -m normkit.cpu.build compiles them anew"
+        )
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     return Library(*functions, tuple(level for level in range(levels.bit_length()) if levels >> level & 1), *handlers)
