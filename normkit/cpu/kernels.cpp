@@ -143,7 +143,7 @@ struct SharedRow {
 };
 
 // Parts that the rows are dealt to in the backward pass, whatever the number of threads: each has partial sums of its own.
-constexpr int64_t MOST_PARTS = 128, ROWS_PER_PART = 16, COLUMNS_PER_ITEM = 1024;
+constexpr int64_t MOST_PARTS = 128, ROWS_PER_PART = 8, COLUMNS_PER_ITEM = 1024;
 
 struct BackwardRun {
     const Backward &call;
