@@ -33,11 +33,11 @@ class Call(NamedTuple):
     residual_out: Array | None = None
 
     @classmethod
-    def of(cls, function: str, arrays: Sequence[Array | None], options: Sequence[Any]) -> Call:
+    def of(cls, function: str, arrays: Sequence[Any], options: Sequence[Any]) -> Call:
         """Return the call of x, residual, weight, bias, out and residual_out with eps and the options that follow it."""
         return cls(function, *arrays[:4], *options, *arrays[4:])
 
-    def parts(self) -> tuple[str, tuple[Array | None, ...], tuple[Any, ...]]:
+    def parts(self) -> tuple[str, tuple[Any, ...], tuple[Any, ...]]:
         """Return what `of` takes."""
         return self[0], self[1:5] + self[11:], self[5:11]
 

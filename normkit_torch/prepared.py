@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from normkit.call import Call
 from normkit.spec import Problem
 
-Tensors = tuple[Any, Any, Any, Any, Any, Any]
+Tensors = tuple[Any, ...]
 """x, residual, weight, bias, out and residual_out of a call."""
 
 Launch = Callable[[tuple[int, ...]], None]
@@ -159,7 +159,8 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
         return  # x is copied there by other means than the kernel's
     written = [place for place in ((0, 1) if in_place else (4, 5)) if tensors[place] is not None]
     counted = [place for place in written if not tensors[place].is_inference()]
-    guard = TensorGuards(
+    guards: Any = TensorGuards
+    guard = guards(
         *given,
         dynamic_dims_sizes=[[*tensor.shape] for tensor in given],
         dynamic_dims_strides=[[*tensor.stride()] for tensor in given],

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -168,14 +168,15 @@ def test_another_kind_of_operand_after_good_calls(function: str, operand: str, s
     make: dict[str, Callable[[Tensor], Any]] = {
         "list": lambda tensor: tensor.tolist(),
         "ndarray": Tensor.numpy,
-        "nested": lambda tensor: torch.nested.nested_tensor([tensor]),
-        "sparse": Tensor.to_sparse,
-        "mkldnn": Tensor.to_mkldnn,
+        "nested": lambda tensor: cast(Any, torch.nested).nested_tensor([tensor]),
+        "sparse": lambda tensor: tensor.to_sparse(),
+        "mkldnn": lambda tensor: cast(Any, tensor).to_mkldnn(),
     }
 
     def call() -> Any:
         tensors: dict[str, Any] = {"x": rows(3, 8), "residual": rows(3, 8, seed=1), "weight": rows(8), "bias": rows(8)}
-        tensors[operand] = make.get(stranger, lambda tensor: tensor.to(stranger))(tensors[operand])
+        tensor = tensors[operand]
+        tensors[operand] = make[stranger](tensor) if stranger in make else tensor.to(stranger)
         return getattr(normkit_torch, function)(*test_errors.positional(function, tensors))
 
     found = outcome(call)
