@@ -163,6 +163,8 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
     if launcher is None or not problem.rows or not plain or len(set(map(id, given))) < len(given):
         return  # the last of these is what the guard takes to be another call
     in_place, dtype = problem.in_place, problem.residual_out_dtype
+    if call.residual_out is not None and dtype is None:
+        return  # x is copied there by other means than the kernel's
     written = [place for place in ((0, 1) if in_place else (4, 5)) if tensors[place] is not None]
     counted = [place for place in written if not tensors[place].is_inference()]
     layouts: dict[str, Any] = {

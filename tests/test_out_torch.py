@@ -48,8 +48,7 @@ def test_the_cpu_kernels_allocate_nothing(function: str, tensors: list[Any]) -> 
         assert [tensor.data_ptr() for tensor in given] == addresses
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         getattr(normkit_torch, function)(*tensors[:4])
-    allocations = [event.name for event in profile.events() if event.name in ("aten::empty", "aten::empty_like")]
-    assert len(allocations) == 2, "an allocation would have been seen"
+    assert any(event.name.startswith("aten::empty") for event in profile.events()), "an allocation would have been seen"
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
