@@ -26,7 +26,7 @@ SOURCES = ROOT / "normkit" / "cpu"
 LEVELS = (0, 1, 2) if platform.machine() == "x86_64" else (0,)
 # Python frees little at its end, which is no leak of the kernels; fresh memory is filled with NaN of any dtype
 OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
+    "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824:print_legend=0",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
 }
 # A call of the kernels for rows of 65 elements with arrays of 64, or with strides whose product has no 64 bits.
@@ -42,6 +42,11 @@ x, y = np.ones(3 * 65 - {x_short}, np.float32), np.ones(3 * 65 - {y_short}, np.f
 library.forward(problem, (x.ctypes.data, 0, 0, 0, y.ctypes.data, 0, 0, 0), ({stride}, 0) * 4, 1, 1, level={level})
 print("not seen")
 """
+
+
+def under_sanitizers(variables: dict[str, str], *arguments: str) -> str:
+    """Run pytest with sanitizers, whose report goes past Python to the process's own standard error."""
+    return pytest_in_a_process("--capture=sys", *arguments, variables=variables)
 
 
 def runtime(sanitizer: str) -> str:
@@ -70,12 +75,12 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_memory_and_behaviour(variables: dict[str, str], ledger: Ledger) -> None:
-    ledger.elsewhere("tests/cpu_sanitized", pytest_in_a_process("tests/cpu_sanitized", variables=variables))
+    ledger.elsewhere("tests/cpu_sanitized", under_sanitizers(variables, "tests/cpu_sanitized"))
 
 
 def test_every_level_has_the_same_bits(variables: dict[str, str], ledger: Ledger) -> None:
     arguments = ("tests/test_cpu.py", "tests/test_cpu_conversions.py", "-k", "level or 16_bits or bfloat16")
-    ledger.elsewhere("levels, AVX-512 in AVX2 instructions", pytest_in_a_process(*arguments, variables=variables))
+    ledger.elsewhere("levels, AVX-512 in AVX2 instructions", under_sanitizers(variables, *arguments))
 
 
 @pytest.mark.parametrize("level", LEVELS)
