@@ -28,6 +28,7 @@ class CpuKernels(BuildHookInterface[Any]):
         try:
             library = module.build()
         except (module.BuildError, OSError) as error:
+            module.LIBRARY.unlink(missing_ok=True)
             self.app.display_warning(f"normkit is built without its CPU kernels: {error}")
             return
         build_data["artifacts"].append(f"/normkit/cpu/{library.name}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from normkit.arrays import Array, cast, numpy_dtype
 from normkit.cpu import library
+from normkit.cpu.build import digest
 from normkit.interface import Forward, Gradients, Rejected, Wanted
 from normkit.spec import Problem
 
@@ -20,7 +21,8 @@ from .operands import Signature, backward_signature, forward_signature
 PER_DEVICE = True
 """Whether XLA has to be told that each device can compute the rows it has; see `normkit_jax.partition`."""
 
-_FORWARD, _BACKWARD = "normkit_cpu_forward", "normkit_cpu_backward"
+# other kernels are other targets: a program from JAX's cache, made with those, is not taken for one with these
+_FORWARD, _BACKWARD = f"normkit_cpu_forward_{digest()}", f"normkit_cpu_backward_{digest()}"
 _registering = Lock()
 
 

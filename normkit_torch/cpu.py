@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def _openmp() -> tuple[int, int]:
     """Return the addresses of GNU OpenMP's functions in this process, whose threads torch uses; 0 if it has another."""
+    if os.name == "nt":
+        return library.OWN_THREADS  # a process there has no names of its own
     process = ctypes.CDLL(None)
     functions = [getattr(process, name, None) for name in ("GOMP_parallel", "omp_get_thread_num")]
     parallel, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 if function else 0 for function in functions)
@@ -81,9 +84,9 @@ def forward_into(
         out.residual_out.copy_(residual_out)
 
 
-def launcher(problem: Problem) -> Callable[..., None]:
-    """Return what runs the kernels for contiguous tensors, by their addresses; see `normkit_torch.prepared.Launch`."""
-    return library.launcher(problem, torch.get_num_threads, _OPENMP)
+def launcher(problem: Problem) -> Callable[[tuple[int, ...]], Callable[[], None]]:
+    """Return what binds the kernels to contiguous tensors; see `normkit_torch.prepared.Bind`."""
+    return library.launcher(problem, torch.get_num_threads(), _OPENMP)
 
 
 def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Any], int, tuple[int, ...]]:

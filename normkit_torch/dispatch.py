@@ -63,8 +63,14 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or any(type(tensor) not in (Tensor, Parameter) or tensor.is_neg() for tensor in tensors if tensor is not None)
+        or torch._C._get_tracing_state()
+        or any(type(tensor) not in (Tensor, Parameter) or _is_special(tensor) for tensor in tensors if tensor is not None)
     )
+
+
+def _is_special(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is not what its elements are, or is not there."""
+    return tensor.is_neg() or tensor._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def forward(call: Call, needs_grad: bool) -> Forward:
@@ -133,8 +139,28 @@ def backward(
         implementation: one by name.
         wanted: as in `normkit.interface.Kernels.backward`; so are the others.
     """
+    _check_saved(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h}, weight, mean, rstd)
     layout = layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
     problem = problem if layout == problem.layout else replace(problem, layout=layout)
     kernels = registry.select(problem, TABLE, implementation).load()
     gradients = kernels.backward(problem, wanted, dy, dresidual_out, h, weight, mean, rstd)
     return Gradients(*(None if gradient is None else gradient.contiguous() for gradient in gradients))
+
+
+def _check_saved(
+    problem: Problem, rows: dict[str, Tensor | None], weight: Tensor | None, mean: Tensor | None, rstd: Tensor
+) -> None:
+    """Refuse tensors that are not what the forward pass saved: hooks may give others, and data may have been replaced."""
+    dtypes = {"dy": problem.out_dtype, "dresidual_out": problem.h_dtype, "h": problem.h_dtype}
+    expected = [(name, tensor, problem.shape, dtypes[name]) for name, tensor in rows.items()]
+    expected.append(("weight", weight, problem.shape[-1:], problem.weight_dtype or ""))
+    expected += [
+        ("mean", mean, problem.shape[:-1], problem.compute_dtype),
+        ("rstd", rstd, problem.shape[:-1], problem.compute_dtype),
+    ]
+    for name, tensor, shape, dtype in expected:
+        if tensor is not None and (tensor.shape != shape or _NAMES.get(tensor.dtype) != dtype):
+            raise DtypeError(
+                f"the backward pass needs {name} of shape {tuple(shape)} and {dtype}, as it was in the forward pass; "
+                f"got {tuple(tensor.shape)} and {dtype_name(tensor.dtype)}: do not replace it between the two"
+            )

@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, contiguous_format, empty, empty_like, is_grad_enabled
+from torch import Tensor, contiguous_format, empty, empty_like, get_num_threads, is_grad_enabled
 from torch._C import _increment_version
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._dynamo.guards import TensorGuards
@@ -24,8 +24,9 @@ from torch.nn import Parameter
 from normkit.call import Arrays, Call, Options
 from normkit.spec import Problem
 
-Launch = Callable[[tuple[int, ...]], None]
-"""Takes the addresses of x, residual, weight, bias, y, residual_out, mean and rstd, all contiguous; 0 for what there is not."""
+Bind = Callable[[tuple[int, ...]], Callable[[], None]]
+"""Takes the addresses of x, residual, weight, bias, y, residual_out, mean and rstd, contiguous, 0 for what there is not, and
+returns what runs the kernel on them."""
 
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Problem]
 """y, residual_out, mean and rstd, as in `normkit.interface.Forward`, and the call as it was described when it was prepared."""
@@ -50,10 +51,10 @@ class Prepared:
         residual_out_dtype: dtype of residual_out; None if there is none.
         statistics: shape of the statistics; None if they are not wanted.
         has_mean: whether the mean is one of them.
-        apart: addresses, as `launch` takes them, with which no memory that is written to is also other memory of the call.
-        pairs: place and size of the two of each pair of tensors for which that has to be so.
+        pairs: place and size of the two of each pair of tensors that must not share memory, as one of them is written to.
+        bound: what runs the kernel, by addresses of which that is known.
         written: picks the tensors given to write to whose versions torch counts; None if there are none.
-        launch: runs the kernel.
+        bind: as its type says.
     """
 
     problem: Problem
@@ -65,10 +66,10 @@ class Prepared:
     residual_out_dtype: torch.dtype | None
     statistics: tuple[int, ...] | None
     has_mean: bool
-    apart: set[tuple[int, ...]]
     pairs: list[tuple[int, int, int, int]]
+    bound: dict[tuple[int, ...], Callable[[], None]]
     written: Callable[[Arrays], Any] | None
-    launch: Launch
+    bind: Bind
 
 
 def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool = False) -> Results | None:
@@ -87,7 +88,7 @@ def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool =
         return None
     types = type(residual), type(weight), type(bias), type(out), type(residual_out)
     try:
-        alike = _calls.get((function, options, needs_grad, x.shape, x.dtype, types))
+        alike = _calls.get((function, options, needs_grad, x.shape, x.dtype, types, get_num_threads()))
     except (TypeError, RuntimeError):  # an option that cannot be hashed is none that there is, and a nested x has no shape
         return None
     if not alike:
@@ -121,9 +122,10 @@ def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool =
         0 if mean is None else mean.data_ptr(),
         0 if rstd is None else rstd.data_ptr(),
     )
-    if ready.pairs and addresses not in ready.apart and not _are_apart(ready, addresses):
+    launch = (ready.bound.get(addresses) or _bound(ready, addresses)) if ready.pairs else ready.bind(addresses)
+    if launch is None:
         return None
-    ready.launch(addresses)
+    launch()
     if ready.written:
         _increment_version(ready.written(tensors))
     return y, residual_out, mean, rstd, ready.problem
@@ -144,14 +146,15 @@ def _room(ready: Prepared, x: Tensor, y: Tensor | None, residual_out: Tensor | N
     return y, residual_out, empty_like(rstd) if ready.has_mean else None, rstd
 
 
-def _are_apart(ready: Prepared, addresses: tuple[int, ...]) -> bool:
+def _bound(ready: Prepared, addresses: tuple[int, ...]) -> Callable[[], None] | None:
+    """Return what runs the kernel; None if memory to write to is also other memory of the call."""
     for one, size, other, other_size in ready.pairs:
         if addresses[one] < addresses[other] + other_size and addresses[other] < addresses[one] + size:
-            return False
-    if len(ready.apart) >= _MOST_ADDRESSES:
-        ready.apart.clear()
-    ready.apart.add(addresses)
-    return True
+            return None
+    if len(ready.bound) >= _MOST_ADDRESSES:
+        ready.bound.clear()
+    launch = ready.bound[addresses] = ready.bind(addresses)
+    return launch
 
 
 def keep(call: Call, problem: Problem, kernels: object) -> None:
@@ -181,14 +184,15 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
         residual_out_dtype=getattr(torch, dtype) if dtype else None,
         statistics=problem.shape[:-1] if problem.needs_grad else None,
         has_mean=problem.spec.subtract_mean,
-        apart=set(),
         pairs=_pairs([0 if tensor is None else tensor.nbytes for tensor in tensors], written),
+        bound={},
         written=_picking(counted) if counted else None,
-        launch=launcher(problem),
+        bind=launcher(problem),
     )
     if len(_calls) >= _MOST:
         _calls.clear()
-    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, tuple(map(type, tensors[1:])))
+    types = tuple(map(type, tensors[1:]))
+    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, types, get_num_threads())
     alike = _calls.setdefault(key, [])
     alike.insert(0, ready)
     del alike[_MOST_ALIKE:]

@@ -202,7 +202,7 @@ def custom_call(x: Any, level: int = library.FASTEST) -> tuple[Any, Any]:
     problem = describe(NormSpec("rms"), Operand(x.shape, "float32"))
     assert cpu.supports(problem) is None
     packed = library.packed_forward(problem, (1, 0, 0, 0, 1, 0, 0, 0), (x.shape[-1], 0) * 4, 1, 1, level=level)
-    call = jax.ffi.ffi_call("normkit_cpu_forward", [jax.ShapeDtypeStruct(x.shape, x.dtype)])
+    call = jax.ffi.ffi_call(cpu._FORWARD, [jax.ShapeDtypeStruct(x.shape, x.dtype)])
     return call, np.frombuffer(packed, np.int64)
 
 

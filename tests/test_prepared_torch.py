@@ -263,7 +263,7 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     for out in outs:
         assert torch.equal(rms_norm(x, out=out), outs[0])
         ((ready,),) = prepared._calls.values()
-        assert len(ready.apart) <= 4
+        assert len(ready.bound) <= 4
 
 
 def test_no_tensor_is_kept_alive() -> None:

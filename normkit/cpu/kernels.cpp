@@ -25,7 +25,7 @@ constexpr int64_t ITEMS_PER_THREAD = 8;
 // Length from which threads share a row, when there are fewer rows than threads.
 constexpr int64_t SHARED_ROW = 4 * SUM_LENGTH;
 // Elements of the rows that are computed together: few enough for the first cache.
-constexpr int64_t IN_BATCH = 1024;
+constexpr int64_t IN_BATCH = 2048;
 
 const Level *level_at(int64_t index) {
 #if defined(NORMKIT_X86)
@@ -54,8 +54,23 @@ const Level *chosen(int64_t asked) {
     return asked < 0 ? fastest : level_at(asked);
 }
 
-// Memory that a thread keeps from call to call: fresh memory costs page faults.
+// Memory that a thread keeps from call to call, unless it is much: fresh memory costs page faults.
 struct Memory {
+    static constexpr size_t KEPT = size_t(16) << 20;
+
+    // Gives much memory back in the end.
+    struct Use {
+        Memory &memory;
+        explicit Use(Memory &used) : memory(used) {}
+        ~Use() {
+            if (memory.size > KEPT) {
+                std::free(memory.start);
+                memory.start = nullptr;
+                memory.size = 0;
+            }
+        }
+    };
+
     void *start = nullptr;
     size_t size = 0;
 
@@ -214,6 +229,10 @@ EXPORTED int normkit_forward(const Forward *arguments) {
     if (!level) {
         return NO_LEVEL;
     }
+    if (!call.rows) {
+        return DONE;
+    }
+    Memory::Use use(memory);
     int64_t alone = call.x_dtype != FLOAT32 ? ALONE_16 : ALONE_32;
     int64_t threads = call.rows * call.hidden < alone ? 1 : at_least(1, call.threads);
     bool shared = threads > call.rows && call.hidden >= SHARED_ROW;
@@ -247,6 +266,7 @@ EXPORTED int normkit_backward(const Backward *arguments) {
         return NO_LEVEL;
     }
     int64_t rows_per_part = at_least(ROWS_PER_PART, ceil_divide(call.rows, MOST_PARTS));
+    Memory::Use use(memory);
     // one part without rows makes the sums zero
     int64_t parts = at_least(1, ceil_divide(call.rows, rows_per_part));
     int64_t threads = call.rows * call.hidden < ALONE_16 ? 1 : at_least(1, call.threads < parts ? call.threads : parts);

@@ -21,11 +21,11 @@ OWN_THREADS = (0, 0)
 
 _CODES = {None: 0, "float32": 0, "bfloat16": 1, "float16": 2}
 _ROUNDINGS = {None: 0, "sum": 0, "stored": 1, "hf": 2}
-# the fields of the structs of arguments.hpp; those that change from one call to the next come first
-_POINTERS = Struct("=8q q")
+# the fields of the structs of arguments.hpp
+_POINTERS = Struct("=8q")
 _FORWARD = Struct("=8q q 8q 3q 2d 6q 5q").pack
 _BACKWARD = Struct("=10q q 6q 3q d 7q 3q").pack
-# elements of a call that is done in a few microseconds, on one thread
+# elements of a call that is done in a few microseconds
 _QUICK = 24576
 
 
@@ -140,25 +140,23 @@ def packed_forward(
 
 
 def launcher(
-    problem: Problem, threads: Callable[[], int], openmp: tuple[int, int] = OWN_THREADS
-) -> Callable[[tuple[int, ...]], None]:
-    """Return what runs the forward kernels for contiguous arrays, by the pointers of `packed_forward`.
-
-    Args:
-        problem: the call.
-        threads: says how many to use, each time.
-        openmp: as in `packed_forward`.
-    """
-    rows = (problem.hidden_size, 0) * 4
-    rest = packed_forward(problem, (0,) * 8, rows, 1, 0, openmp)[_POINTERS.size :]
+    problem: Problem, threads: int, openmp: tuple[int, int] = OWN_THREADS
+) -> Callable[[tuple[int, ...]], Callable[[], None]]:
+    """Return what binds the forward kernels to contiguous arrays, by their pointers; see `packed_forward`."""
+    rest = packed_forward(problem, (0,) * 8, (problem.hidden_size, 0) * 4, 1, threads, openmp)[_POINTERS.size :]
     library, pack = _loaded(), _POINTERS.pack
     run = library.quick_forward if problem.rows * problem.hidden_size < _QUICK else library.forward
 
-    def launch(pointers: tuple[int, ...]) -> None:
-        if status := run(pack(*pointers, threads()) + rest):
-            _check(status)
+    def bind(pointers: tuple[int, ...]) -> Callable[[], None]:
+        packed = pack(*pointers) + rest
 
-    return launch
+        def launch() -> None:
+            if status := run(packed):
+                _check(status)
+
+        return launch
+
+    return bind
 
 
 def backward(

@@ -34,8 +34,9 @@ def refused(function: str, *operands: Any, match: str, **options: Any) -> None:
     verdict = next(v for v in normkit_torch.explain(function, *operands, **options) if v.name == NAME)
     assert not verdict.accepted
     with torch.no_grad():
-        detached = [operand if operand is None else operand.detach() for operand in operands]
-        taken = next(v.name for v in normkit_torch.explain(function, *detached, **options) if v.accepted)
+        detached: list[Any] = [operand if operand is None else operand.detach() for operand in operands]
+        verdicts = normkit_torch.explain(function, detached[0], *detached[1:], **options)
+        taken = next(verdict.name for verdict in verdicts if verdict.accepted)
         results, expected = call(*detached, **options), call(*detached, implementation=taken, **options)
     assert taken in ("cpu", "reference")
     pairs = zip(results, expected, strict=True) if isinstance(results, tuple) else [(results, expected)]
