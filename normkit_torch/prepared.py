@@ -108,20 +108,15 @@ def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool =
         return None
     if ready.requires_grad and not needs_grad and is_grad_enabled():
         return None
+    one, other = x.data_ptr(), 0 if residual is None else residual.data_ptr()
+    parameters = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    mean = rstd = None
     if ready.in_place:
-        y, residual_out, mean, rstd = x, residual, None, None
+        y, residual_out = x, residual
+        addresses = (one, other, *parameters, one, other, 0, 0)
     else:
-        y, residual_out, mean, rstd = _room(ready, x, out, residual_out)
-    addresses = (
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        0 if residual_out is None else residual_out.data_ptr(),
-        0 if mean is None else mean.data_ptr(),
-        0 if rstd is None else rstd.data_ptr(),
-    )
+        y, residual_out, mean, rstd = made = _room(ready, x, out, residual_out)
+        addresses = (one, other, *parameters, *[0 if tensor is None else tensor.data_ptr() for tensor in made])
     launch = (ready.bound.get(addresses) or _bound(ready, addresses)) if ready.pairs else ready.bind(addresses)
     if launch is None:
         return None

@@ -12,10 +12,12 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from normkit import reference
-from normkit.call import Arrays, Call, Options
+from normkit.call import FUNCTIONS, Arrays, Call, Options
 from normkit.errors import OptionError, UnsupportedError
 
 from . import dispatch, gradient, operators, prepared
+
+_WITHOUT_RESIDUAL = frozenset(name for name in FUNCTIONS if not name.startswith("add_"))
 
 
 def compute(function: str, tensors: Arrays, options: Options) -> Any:
@@ -33,7 +35,7 @@ def compute(function: str, tensors: Arrays, options: Options) -> Any:
     if made is None:
         return _compute(Call.of(function, tensors, options))
     y, residual_out, _, _, _ = made
-    return (y, tensors[0] if residual_out is None else residual_out) if function.startswith("add_") else y
+    return y if function in _WITHOUT_RESIDUAL else (y, tensors[0] if residual_out is None else residual_out)
 
 
 def _compute(call: Call) -> Any:

@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import normkit_torch
+from normkit.cpu import library
+from normkit.spec import Problem
 from normkit_torch import add_rms_norm, add_rms_norm_, layer_norm, prepared, rms_norm
 
 from .test_prepared import rows
@@ -218,12 +220,23 @@ def test_compile_after_preparation() -> None:
     assert compiled(rows(3, 8), rows(3, 8), weight)[0].requires_grad
 
 
-def test_the_number_of_threads_is_asked_for_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: len(asked.__iadd__([1])) and 1)
-    for count in range(1, 4):
-        rms_norm(rows(3, 8))
-        assert len(asked) == count
+def test_the_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared_for: list[int] = []
+    launcher = library.launcher
+
+    def noting(problem: Problem, threads: int, openmp: tuple[int, int]) -> Any:
+        prepared_for.append(threads)
+        return launcher(problem, threads, openmp)
+
+    monkeypatch.setattr(library, "launcher", noting)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(rms_norm(rows(3, 8)), rms_norm(rows(3, 8)))
+    finally:
+        torch.set_num_threads(before)
+    assert prepared_for == [1, 2]
 
 
 def test_threads_at_once() -> None:
