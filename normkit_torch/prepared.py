@@ -110,6 +110,7 @@ def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool =
         return None
     one, other = x.data_ptr(), 0 if residual is None else residual.data_ptr()
     parameters = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    addresses: tuple[int, ...]
     mean = rstd = None
     if ready.in_place:
         y, residual_out = x, residual
