@@ -23,6 +23,7 @@ struct Batch {
     Lines h;     // where that is in the end
     const void *weight, *bias;
     int64_t count, length;
+    int64_t after;  // rows that the same thread computes next
     double totals[MOST_IN_BATCH];
     Statistics statistics[MOST_IN_BATCH];
 };
@@ -108,8 +109,10 @@ void normalise(Batch &batch) {
     for (int64_t row = 0; row < count; ++row) {
         auto h = batch.h.at<H>(row);
         auto y = batch.y.at<Y>(row);
-        auto next_x = batch.x.at<Y>(row + count);
-        auto next_residual = batch.residual.first ? batch.residual.at<Y>(row + count) : next_x;
+        // never a row of another thread, which may be writing it
+        const int64_t next = row < batch.after ? row + count : row;
+        auto next_x = batch.x.at<Y>(next);
+        auto next_residual = batch.residual.first ? batch.residual.at<Y>(next) : next_x;
         const float mean = batch.statistics[row].mean, rstd = batch.statistics[row].rstd;
         auto element = [&](int64_t start, int pair, auto at) INLINED {
             if (sizeof *y == 2 && pair * IN_PAIR * sizeof *y % CACHE_LINE == 0) {

@@ -35,6 +35,7 @@ class ForwardRows {
             return Lines{own, !array ? 0 : nested ? rows.inner : rows.outer};
         };
         batch.count = count;
+        batch.after = last - row - count;
         batch.length = slice.last - slice.first;
         batch.x = lines(call.x, call.x_rows, call.x_dtype);
         batch.residual = lines(call.residual, call.residual_rows, call.residual_dtype);
