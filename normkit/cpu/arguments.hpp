@@ -42,6 +42,7 @@ struct Backward {
 };
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+inline int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 enum Rounding : int64_t { SUM = 0, STORED = 1, HF = 2 };
 
 // Whether all rows of a call are bfloat16, for which vectors.hpp has an order of its own.
@@ -57,8 +58,9 @@ static inline bool is_split(const Backward &call) {
 // What a call needs besides, from the thread that calls: memory for every worker, and parameters in float32.
 struct Scratch {
     float *rows;              // rows_per_worker for each worker
-    int64_t rows_per_worker;  // a batch, and two more
+    int64_t rows_per_worker;  // a batch, two more, and if results are streamed two batches of those
     int64_t batch;            // rows that are computed together
+    bool streams;             // whether results are written past the caches
     int64_t padded;           // hidden up to a whole number of blocks: the stride of all these rows
     float *weight, *bias;
     float *partial_dweight, *partial_dbias;

@@ -96,8 +96,6 @@ struct Chosen<false, Yes, No> {
 template <bool CONDITION, class Yes, class No>
 using Choice = typename Chosen<CONDITION, Yes, No>::Type;
 
-constexpr int64_t CACHE_LINE = 64;
-
 // y = x_hat weight + bias, with x_hat rounded to Hat, in the order that is best for memory: rows of 16 bits that come next are fetched
 // meanwhile; rows of float32 are taken from their ends.
 template <class Y, class Hat, class Parameter, bool MEAN, bool WEIGHT, bool BIAS>

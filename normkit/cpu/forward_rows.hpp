@@ -52,6 +52,16 @@ class ForwardRows {
         }
     }
 
+    // Let results be computed in memory of our own.
+    void redirect(Batch &batch, int64_t worker) const {
+        const bool out_is_h = batch.h.first == batch.residual_out.first;
+        batch.y = Lines{scratch.row(worker, scratch.batch + 2), scratch.padded};
+        if (call.residual_out) {
+            batch.residual_out = Lines{scratch.row(worker, 2 * scratch.batch + 2), scratch.padded};
+        }
+        batch.h = out_is_h ? batch.residual_out : batch.h;
+    }
+
     // The sums of h, or without a mean of its squares; `spare` are two rows of memory.
     void add(Batch &batch, float *spare) const {
         if (widens) {
@@ -98,12 +108,23 @@ void set_rstd(Batch &batch, const Forward &call) {
     }
 }
 
+void stream_lines(Lines lines, Lines results, const Batch &batch, int64_t dtype) {
+    for (int64_t row = 0; results.first && row < batch.count; ++row) {
+        auto result = from(results.first, row * results.step, dtype);
+        stream(from(lines.first, row * lines.step, dtype), const_cast<void *>(result), batch.length * size_of(dtype));
+    }
+}
+
 void forward_rows(const Forward &call, const Scratch &scratch, int64_t first, int64_t last, int64_t worker) {
     const ForwardRows rows(call, scratch);
     const Slice whole{Pass::ADD, first, 0, call.hidden, {}};
     Batch batch;
     for (; first < last; first += batch.count) {
         rows.begin(batch, first, last, whole, worker);
+        const Lines y = batch.y, residual_out = batch.residual_out;
+        if (scratch.streams) {
+            rows.redirect(batch, worker);
+        }
         rows.add(batch, scratch.row(worker, scratch.batch));
         if (call.subtract_mean) {
             set_mean(batch, call);
@@ -122,6 +143,13 @@ void forward_rows(const Forward &call, const Scratch &scratch, int64_t first, in
         for (int64_t row = 0; row < batch.count; ++row) {
             keep(call, first + row, batch.statistics[row]);
         }
+        if (scratch.streams) {
+            stream_lines(batch.y, y, batch, call.y_dtype);
+            stream_lines(batch.residual_out, residual_out, batch, call.residual_out_dtype);
+        }
+    }
+    if (scratch.streams) {
+        end_of_streams();
     }
 }
 

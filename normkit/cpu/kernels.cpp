@@ -27,6 +27,9 @@ constexpr int64_t SHARED_ROW = 4 * SUM_LENGTH;
 // Elements of the rows that are computed together: few enough for the first cache.
 constexpr int64_t IN_BATCH = 2048;
 
+// Bytes of results that are written past the caches, if not in place: they would not stay there, and would be read from memory first.
+constexpr int64_t STREAMED = int64_t(16) << 20;
+
 const Level *level_at(int64_t index) {
 #if defined(NORMKIT_X86)
     if (index == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -93,6 +96,11 @@ int64_t ceil_divide(int64_t numerator, int64_t denominator) { return (numerator 
 int64_t at_least(int64_t least, int64_t value) { return value < least ? least : value; }
 
 int64_t batch_of(int64_t padded) { return padded * MOST_IN_BATCH < IN_BATCH ? MOST_IN_BATCH : at_least(1, IN_BATCH / padded); }
+
+bool streams(const Forward &call) {
+    int64_t bytes = size_of(call.y_dtype) + (call.residual_out ? size_of(call.residual_out_dtype) : 0);
+    return call.y != call.x && call.residual_out != call.residual && call.rows * call.hidden * bytes >= STREAMED;
+}
 
 void fill_with_ones(float *row, int64_t count) {
     for (int64_t index = 0; index < count; ++index) {
@@ -240,7 +248,8 @@ EXPORTED int normkit_forward(const Forward *arguments) {
     Scratch scratch{};
     scratch.padded = padded(call.hidden);
     scratch.batch = shared ? 1 : batch_of(scratch.padded);
-    scratch.rows_per_worker = scratch.batch + 2;
+    scratch.streams = !shared && streams(call);
+    scratch.rows_per_worker = (scratch.streams ? 3 : 1) * scratch.batch + 2;
     int64_t floats = (workers * scratch.rows_per_worker + 2) * scratch.padded;
     scratch.rows = memory.floats(floats + 2 * ceil_divide(call.hidden, SUM_LENGTH));
     if (!scratch.rows) {

@@ -5,8 +5,6 @@
 
 namespace {
 
-ALWAYS int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
 // An array from an element on; null stays null.
 template <class Pointer>
 ALWAYS Pointer from(Pointer array, int64_t element, int64_t dtype) {

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -22,6 +22,7 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int VECTORS = BLOCK / LANES;
+constexpr int64_t CACHE_LINE = 64;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -271,6 +272,40 @@ ALWAYS Pair kept(Pair values, int pair, At at) {
         }
     }
     return values;
+}
+
+// Copy to memory past the caches, where the instructions for that exist; `end_of_streams` must follow.
+void stream(const void *values, void *memory, int64_t bytes) {
+    auto from = static_cast<const char *>(values);
+    auto to = static_cast<char *>(memory);
+#if defined(__SSE2__)
+    int64_t before = -reinterpret_cast<intptr_t>(to) & (CACHE_LINE - 1);
+    before = before < bytes ? before : bytes;
+    std::memcpy(to, from, before);
+    for (from += before, to += before, bytes -= before; bytes >= CACHE_LINE; from += CACHE_LINE, to += CACHE_LINE, bytes -= CACHE_LINE) {
+        Floats line[CACHE_LINE / sizeof(Floats)];
+        std::memcpy(line, from, CACHE_LINE);
+#pragma GCC unroll 4
+        for (size_t index = 0; index < CACHE_LINE / sizeof(Floats); ++index) {
+            auto place = reinterpret_cast<Floats *>(to) + index;
+#if defined(__AVX512F__)
+            _mm512_stream_ps(reinterpret_cast<float *>(place), bits_as<__m512>(line[index]));
+#elif defined(__AVX2__)
+            _mm256_stream_ps(reinterpret_cast<float *>(place), bits_as<__m256>(line[index]));
+#else
+            _mm_stream_ps(reinterpret_cast<float *>(place), bits_as<__m128>(line[index]));
+#endif
+        }
+    }
+#endif
+    std::memcpy(to, from, bytes);
+}
+
+// What was streamed is seen by other threads only then.
+ALWAYS void end_of_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 }  // namespace
