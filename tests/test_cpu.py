@@ -114,6 +114,32 @@ def test_every_level_of_instructions_has_the_same_bits(
 
 
 @KINDS
+@MIXED
+def test_results_that_are_written_past_the_caches_have_the_bits_of_small_ones(
+    kind: str, dtypes: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 16 MiB of results on; rows of an odd length begin at every place within a cache line."""
+    assert isinstance(LOADED, library.Library)
+    rows, hidden, part = 2100, 4101, 300
+    given = operands(rows, hidden, dtypes)
+    x, residual, weight, bias = given
+    problem = problem_of(kind, given, dtypes[4], needs_grad=True)
+    expected: Forward | None = None
+    original = library.forward
+    for level in LOADED.levels:
+        monkeypatch.setattr(library, "forward", partial(original, level=level))
+        together = cpu.forward(problem, *given)
+        if expected is None:
+            expected = together
+            for first in range(0, rows, part):
+                own = slice(first, first + part)
+                few = x[own], None if residual is None else residual[own], weight, bias
+                alone = cpu.forward(problem_of(kind, few, dtypes[4], needs_grad=True), *few)
+                assert_same_bits([None if one is None else one[own] for one in together], alone)
+        assert_same_bits(together, expected)
+
+
+@KINDS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(6, 100), (2, 3, 4096)])
 def test_in_place_has_the_bits_of_the_functional_form(kind: str, dtype: str, shape: tuple[int, ...]) -> None:

@@ -70,7 +70,9 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     wide = (*build._LEVELS["LEVEL_AVX2"], "-include", str(FOLDER / "avx512.hpp"))
     everywhere = '-D__builtin_cpu_supports(feature)=__builtin_cpu_supports("avx2")'
     with patch.dict(os.environ, CXX="g++"), patch.dict(build._LEVELS, LEVEL_AVX512=wide):
-        build.build(["-O1", "-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer", everywhere], library)
+        flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer", everywhere]
+        # so that calls of a few rows are streamed, and others not
+        build.build([*flags, "-DSTREAMED=8192"], library)
     return {**OPTIONS, "LD_PRELOAD": preload, "NORMKIT_TEST_KERNELS": str(library)}
 
 

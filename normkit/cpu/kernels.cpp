@@ -28,7 +28,9 @@ constexpr int64_t SHARED_ROW = 4 * SUM_LENGTH;
 constexpr int64_t IN_BATCH = 2048;
 
 // Bytes of results that are written past the caches, if not in place: they would not stay there, and would be read from memory first.
-constexpr int64_t STREAMED = int64_t(16) << 20;
+#if !defined(STREAMED)
+#define STREAMED (int64_t(16) << 20)
+#endif
 
 const Level *level_at(int64_t index) {
 #if defined(NORMKIT_X86)

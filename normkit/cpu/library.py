@@ -25,8 +25,8 @@ _ROUNDINGS = {None: 0, "sum": 0, "stored": 1, "hf": 2}
 _POINTERS = Struct("=8q")
 _FORWARD = Struct("=8q q 8q 3q 2d 6q 5q").pack
 _BACKWARD = Struct("=10q q 6q 3q d 7q 3q").pack
-# elements of a call that is done in a few microseconds
-_QUICK = 24576
+# elements of a call that is done in some ten microseconds
+_QUICK = 131072
 
 
 class Library(NamedTuple):

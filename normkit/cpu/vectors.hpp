@@ -283,18 +283,9 @@ void stream(const void *values, void *memory, int64_t bytes) {
     before = before < bytes ? before : bytes;
     std::memcpy(to, from, before);
     for (from += before, to += before, bytes -= before; bytes >= CACHE_LINE; from += CACHE_LINE, to += CACHE_LINE, bytes -= CACHE_LINE) {
-        Floats line[CACHE_LINE / sizeof(Floats)];
-        std::memcpy(line, from, CACHE_LINE);
 #pragma GCC unroll 4
-        for (size_t index = 0; index < CACHE_LINE / sizeof(Floats); ++index) {
-            auto place = reinterpret_cast<Floats *>(to) + index;
-#if defined(__AVX512F__)
-            _mm512_stream_ps(reinterpret_cast<float *>(place), bits_as<__m512>(line[index]));
-#elif defined(__AVX2__)
-            _mm256_stream_ps(reinterpret_cast<float *>(place), bits_as<__m256>(line[index]));
-#else
-            _mm_stream_ps(reinterpret_cast<float *>(place), bits_as<__m128>(line[index]));
-#endif
+        for (int64_t start = 0; start < CACHE_LINE; start += 16) {
+            _mm_stream_si128(reinterpret_cast<__m128i *>(to + start), _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + start)));
         }
     }
 #endif
