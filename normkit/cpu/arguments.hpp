@@ -42,8 +42,9 @@ struct Backward {
 };
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-inline int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 enum Rounding : int64_t { SUM = 0, STORED = 1, HF = 2 };
+
+static inline int64_t size_of(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 // Whether all rows of a call are bfloat16, for which vectors.hpp has an order of its own.
 static inline bool is_split(const Forward &call) {
@@ -101,18 +102,18 @@ constexpr int64_t BLOCK = 32;
 // Longer sums are made of parts of this length, which are added up in float64: so a row can be dealt to threads.
 constexpr int64_t SUM_LENGTH = 8192;
 
-inline float mean_of(double sum, const Forward &call) { return float(sum * (1.0 / double(call.hidden))); }
+static inline float mean_of(double sum, const Forward &call) { return float(sum * (1.0 / double(call.hidden))); }
 
-inline float rstd_of(double sum_of_squares, const Forward &call) {
+static inline float rstd_of(double sum_of_squares, const Forward &call) {
     return 1.0f / __builtin_sqrtf(float(sum_of_squares * (1.0 / double(call.hidden))) + float(call.eps));
 }
 
 // The backward pass has the rounded h, and needs the statistics of just that.
-inline bool statistics_of_rounded(const Forward &call) {
+static inline bool statistics_of_rounded(const Forward &call) {
     return call.rstd && call.residual_out && call.residual_out_dtype != FLOAT32 && call.rounding == SUM;
 }
 
-inline void keep(const Forward &call, int64_t row, Statistics statistics) {
+static inline void keep(const Forward &call, int64_t row, Statistics statistics) {
     if (call.mean) {
         call.mean[row] = statistics.mean;
     }

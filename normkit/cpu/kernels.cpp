@@ -100,6 +100,9 @@ int64_t at_least(int64_t least, int64_t value) { return value < least ? least : 
 int64_t batch_of(int64_t padded) { return padded * MOST_IN_BATCH < IN_BATCH ? MOST_IN_BATCH : at_least(1, IN_BATCH / padded); }
 
 bool streams(const Forward &call) {
+#if !defined(NORMKIT_X86)
+    return false;  // there, vectors.hpp has no such instructions
+#endif
     int64_t bytes = size_of(call.y_dtype) + (call.residual_out ? size_of(call.residual_out_dtype) : 0);
     return call.y != call.x && call.residual_out != call.residual && call.rows * call.hidden * bytes >= STREAMED;
 }
