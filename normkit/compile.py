@@ -59,6 +59,7 @@ def operand_dtypes(problem: Problem) -> dict[str, str | None]:
 
 def gradient_dtypes(problem: Problem, wanted: Wanted) -> dict[str, str | None]:
     """Return the same for the backward kernels."""
+    shares = problem.compute_dtype if wanted.dx or wanted.dresidual else None
     return {
         "dy": problem.out_dtype,
         "dresidual_out": problem.residual_out_dtype,
@@ -70,6 +71,8 @@ def gradient_dtypes(problem: Problem, wanted: Wanted) -> dict[str, str | None]:
         "dresidual": problem.residual_dtype if wanted.dresidual else None,
         "dweight": problem.compute_dtype if wanted.dweight else None,
         "dbias": problem.compute_dtype if wanted.dbias else None,
+        "x_hat_g": shares,
+        "g": shares if problem.spec.subtract_mean else None,
     }
 
 

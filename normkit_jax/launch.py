@@ -87,11 +87,14 @@ def backward(
     planned = plan.backward_plan(problem, wanted)
     partial_sums = ((planned.parts, problem.hidden_size), "float32")
     outputs = {name: partial_sums if result and name in ("dweight", "dbias") else result for name, result in results.items()}
+    shares = ((problem.rows, planned.blocks), "float32") if planned.blocks else None
+    outputs |= {"x_hat_g": shares, "g": shares if problem.spec.subtract_mean else None}
     arrays = {"dy": dy, "dresidual_out": dresidual_out, "h": h, "weight": weight, "mean": mean, "rstd": rstd}
     scalars = {"rows": problem.rows, "rows_per_program": planned.rows_per_program, "weight_offset": problem.spec.weight_offset}
     made: dict[str, Array | None] = dict.fromkeys(results)
     for step in planned.steps:
-        made |= _launch(step, problem.arch, arrays, scalars, outputs)
+        missing = {name: result for name, result in outputs.items() if made.get(name) is None}
+        made |= _launch(step, problem.arch, arrays | made, scalars, missing)
     for name in ("dweight", "dbias"):
         if made[name] is not None:
             total = _launch(
@@ -102,7 +105,7 @@ def backward(
                 {"total": results[name]},
             )
             made[name] = total["total"]
-    return Gradients(**made)
+    return Gradients(**{name: made[name] for name in results})
 
 
 def _results(signature: Signature) -> dict[str, Result]:

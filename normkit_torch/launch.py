@@ -101,6 +101,7 @@ def backward(
     partial_shape = (planned.parts, problem.hidden_size)
     dweight = _new(h, partial_shape, "float32" if wanted.dweight else None)
     dbias = _new(h, partial_shape, "float32" if wanted.dbias else None)
+    shares = (problem.rows, planned.blocks)
     inner_rows, rows = _rows(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h})
     arguments = rows | {
         "weight_ptr": weight if weight is None else weight.contiguous(),
@@ -110,6 +111,8 @@ def backward(
         "dresidual_ptr": dresidual,
         "dweight_ptr": dweight,
         "dbias_ptr": dbias,
+        "x_hat_g_ptr": _new(h, shares, "float32" if planned.blocks else None),
+        "g_ptr": _new(h, shares, "float32" if planned.blocks and problem.spec.subtract_mean else None),
         "rows": problem.rows,
         "rows_per_program": planned.rows_per_program,
         "inner_rows": inner_rows,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backward: with x_hat = (h - mean) rstd and g = dy (weight_offset + weight),
+"""Backward, of rows that one program holds: with x_hat = (h - mean) rstd and g = dy (weight_offset + weight),
 
     dh = rstd (g - x_hat mean(x_hat g) - mean(g)) + dresidual_out      (mean(g) for LayerNorm only)
     dweight = sum over rows of dy x_hat,   dbias = sum over rows of dy
@@ -11,39 +11,34 @@ array, and `sum_partials` adds these up in a fixed order: dweight and dbias are 
 import triton
 import triton.language as tl
 
-from .rows import load_weight, row_start
+from .rows import row_start, store_rows
 
 
 @triton.jit
-def _x_hat(h_ptr, offset, mean, rstd, mask, SUBTRACT_MEAN: tl.constexpr):
-    h = tl.load(h_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+def look(dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN: tl.constexpr, KEEP: tl.constexpr):
+    """Return dy, x_hat and g. KEEP says to the caches how soon the rows are needed again; the compiler merges equal loads only.
+
+    Where masked, dy is 0, so x_hat need not be. The weight has the rows' mask, or it would be held in registers in all rows.
+    """
+    dy = tl.load(dy_ptr + offsets[0], mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
+    x_hat = tl.load(h_ptr + offsets[1], mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if SUBTRACT_MEAN:
-        h = tl.where(mask, h - mean, 0.0)
-    return h * rstd
-
-
-@triton.jit
-def _weighted(dy, weight_ptr, weight_offset, column, mask):
-    g = dy.to(tl.float32)
+        x_hat -= mean
+    x_hat *= rstd
+    g = dy
     if weight_ptr is not None:
-        g = g * load_weight(weight_ptr, weight_offset, column, mask)
-    return g
+        g = dy * (weight_offset + tl.load(weight_ptr + column, mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32))
+    return dy, x_hat, g
 
 
 @triton.jit
-def _store_dh(dh, dresidual_out_ptr, dresidual_out_offset, dx_ptr, dresidual_ptr, offset, mask):
-    if dresidual_out_ptr is not None:
-        dh += tl.load(dresidual_out_ptr + dresidual_out_offset, mask=mask, other=0.0).to(tl.float32)
-    if dx_ptr is not None:
-        tl.store(dx_ptr + offset, dh.to(dx_ptr.dtype.element_ty), mask=mask)
-    if dresidual_ptr is not None:
-        tl.store(dresidual_ptr + offset, dh.to(dresidual_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_part(part_ptr, part, offset, mask):
-    if part_ptr is not None:
-        tl.store(part_ptr + offset, part, mask=mask)
+def load_or_none(ptr, offset, mask):
+    """Return what is there in float32, 0 where there is no array."""
+    if ptr is not None:
+        values = tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    else:
+        values = 0.0
+    return values
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_program", "inner_rows"])
@@ -76,42 +71,44 @@ def backward_rows(
 ):
     """Each program takes rows_per_program whole rows, BLOCK_M at a time: every element is read once and written once."""
     program = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK_N)
-    in_columns = column < HIDDEN
-    dweight = tl.zeros((BLOCK_N,), tl.float32)
-    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    column = tl.arange(0, BLOCK_N)[None, :]
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     while first < last:
         row = first + tl.arange(0, BLOCK_M)
         in_rows = row < last
-        mask = in_rows[:, None] & in_columns[None, :]
-        dy_start = row_start(row, inner_rows, dy_outer, dy_inner, HIDDEN, CONTIGUOUS)[:, None]
-        h_start = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)[:, None]
-        dresidual_out_start = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)
+        mask = in_rows[:, None] & (column < HIDDEN)
+        dy_offset = row_start(row, inner_rows, dy_outer, dy_inner, HIDDEN, CONTIGUOUS)[:, None] + column
+        h_offset = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)[:, None] + column
+        stream = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)[:, None] + column
         rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
         mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None] if SUBTRACT_MEAN else 0.0
-        dy = tl.load(dy_ptr + dy_start + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x_hat = _x_hat(h_ptr, h_start + column[None, :], mean, rstd, mask, SUBTRACT_MEAN)
+        dy, x_hat, g = look(
+            dy_ptr, h_ptr, weight_ptr, (dy_offset, h_offset), column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, ""
+        )
+        # asked for before it is needed, so that all of a row is on its way at once
+        dresidual_out = load_or_none(dresidual_out_ptr, stream, mask)
         if dweight_ptr is not None:
-            dweight += tl.sum(dy * x_hat, axis=0)
+            dweight += dy * x_hat
         if dbias_ptr is not None:
-            dbias += tl.sum(dy, axis=0)
+            dbias += dy
         if dx_ptr is not None or dresidual_ptr is not None:
-            g = dy if weight_ptr is None else dy * load_weight(weight_ptr, weight_offset, column, in_columns)[None, :]
             dh = g - x_hat * (tl.sum(x_hat * g, axis=1) / HIDDEN)[:, None]
             if SUBTRACT_MEAN:
                 dh -= (tl.sum(g, axis=1) / HIDDEN)[:, None]
-            stream = dresidual_out_start[:, None] + column[None, :]
-            offset = row[:, None] * HIDDEN + column[None, :]
-            _store_dh(dh * rstd, dresidual_out_ptr, stream, dx_ptr, dresidual_ptr, offset, mask)
+            dh = dh * rstd + dresidual_out
+            store_rows(dx_ptr, dh, row[:, None] * HIDDEN + column, mask, "")
+            store_rows(dresidual_ptr, dh, row[:, None] * HIDDEN + column, mask, "")
         first += BLOCK_M
-    _store_part(dweight_ptr, dweight, program * HIDDEN + column, in_columns)
-    _store_part(dbias_ptr, dbias, program * HIDDEN + column, in_columns)
+    columns = tl.arange(0, BLOCK_N)
+    store_rows(dweight_ptr, tl.sum(dweight, axis=0), program * HIDDEN + columns, columns < HIDDEN, "")
+    store_rows(dbias_ptr, tl.sum(dbias, axis=0), program * HIDDEN + columns, columns < HIDDEN, "")
 
 
-@triton.jit(do_not_specialize=["inner_rows"])
-def backward_long(
+@triton.jit(do_not_specialize=["rows", "rows_per_program", "inner_rows"])
+def backward_twice(
     dy_ptr,
     dresidual_out_ptr,
     h_ptr,
@@ -120,6 +117,10 @@ def backward_long(
     rstd_ptr,
     dx_ptr,
     dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    rows,
+    rows_per_program,
     inner_rows,
     dy_outer,
     dy_inner,
@@ -130,79 +131,57 @@ def backward_long(
     weight_offset,
     HIDDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
     SUBTRACT_MEAN: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
 ):
-    """Each program computes dh of one row longer than a block, in two passes. Arguments as in backward_rows."""
-    row = tl.program_id(0).to(tl.int64)
-    dy_start = row_start(row, inner_rows, dy_outer, dy_inner, HIDDEN, CONTIGUOUS)
-    h_start = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)
-    dresidual_out_start = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)
-    rstd = tl.load(rstd_ptr + row)
-    mean = tl.load(mean_ptr + row) if SUBTRACT_MEAN else 0.0
-    x_hat_g = tl.zeros((BLOCK_N,), tl.float32)
-    g = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, HIDDEN, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        mask = column < HIDDEN
-        dy = _weighted(tl.load(dy_ptr + dy_start + column, mask=mask, other=0.0), weight_ptr, weight_offset, column, mask)
-        x_hat_g += dy * _x_hat(h_ptr, h_start + column, mean, rstd, mask, SUBTRACT_MEAN)
-        if SUBTRACT_MEAN:
-            g += dy
-    mean_x_hat_g = tl.sum(x_hat_g, axis=0) / HIDDEN
-    mean_g = tl.sum(g, axis=0) / HIDDEN
-    for start in range(0, HIDDEN, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        mask = column < HIDDEN
-        dy = _weighted(tl.load(dy_ptr + dy_start + column, mask=mask, other=0.0), weight_ptr, weight_offset, column, mask)
-        dh = dy - _x_hat(h_ptr, h_start + column, mean, rstd, mask, SUBTRACT_MEAN) * mean_x_hat_g
-        if SUBTRACT_MEAN:
-            dh -= mean_g
-        offset = row * HIDDEN + column
-        _store_dh(dh * rstd, dresidual_out_ptr, dresidual_out_start + column, dx_ptr, dresidual_ptr, offset, mask)
+    """Each program takes rows_per_program rows, one at a time. Arguments as in backward_rows.
 
-
-@triton.jit(do_not_specialize=["rows", "rows_per_program", "inner_rows"])
-def backward_columns(
-    dy_ptr,
-    h_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    rows,
-    rows_per_program,
-    inner_rows,
-    dy_outer,
-    dy_inner,
-    h_outer,
-    h_inner,
-    HIDDEN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUBTRACT_MEAN: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-):
-    """Each program sums one block of columns of dweight and dbias over its part of long rows. Arguments as in backward_rows."""
-    program = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = column < HIDDEN
-    dweight = tl.zeros((BLOCK_N,), tl.float32)
-    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    Registers hold the sums of dweight and dbias, and nothing of a row: dy and h are read a second time, which finds them in
+    the L1 cache. PIECES blocks make up a row, so that only one of them at a time is being computed with.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    dweight, dbias = (), ()
+    for piece in tl.static_range(PIECES):
+        dweight, dbias = dweight + (tl.zeros((BLOCK_N,), tl.float32),), dbias + (tl.zeros((BLOCK_N,), tl.float32),)
     row = program * rows_per_program
     last = tl.minimum(row + rows_per_program, rows)
     while row < last:
         dy_start = row_start(row, inner_rows, dy_outer, dy_inner, HIDDEN, CONTIGUOUS)
-        dy = tl.load(dy_ptr + dy_start + column, mask=mask, other=0.0).to(tl.float32)
-        if dweight_ptr is not None:
-            h_start = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)
-            rstd = tl.load(rstd_ptr + row)
-            mean = tl.load(mean_ptr + row) if SUBTRACT_MEAN else 0.0
-            dweight += dy * _x_hat(h_ptr, h_start + column, mean, rstd, mask, SUBTRACT_MEAN)
-        if dbias_ptr is not None:
-            dbias += dy
+        h_start = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)
+        stream = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)
+        rstd = tl.load(rstd_ptr + row)
+        mean = tl.load(mean_ptr + row) if SUBTRACT_MEAN else 0.0
+        sum_x_hat_g, sum_g = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        more_dweight, more_dbias = (), ()
+        for piece in tl.static_range(PIECES):
+            column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+            offsets = (dy_start + column, h_start + column)
+            dy, x_hat, g = look(
+                dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, column < HIDDEN, SUBTRACT_MEAN, "evict_last"
+            )
+            more_dweight, more_dbias = more_dweight + (dweight[piece] + dy * x_hat,), more_dbias + (dbias[piece] + dy,)
+            sum_x_hat_g += x_hat * g
+            sum_g += g
+        dweight, dbias = more_dweight, more_dbias
+        if dx_ptr is not None or dresidual_ptr is not None:
+            mean_x_hat_g = tl.sum(sum_x_hat_g, axis=0) / HIDDEN
+            mean_g = tl.sum(sum_g, axis=0) / HIDDEN if SUBTRACT_MEAN else 0.0
+            for piece in tl.static_range(PIECES):
+                column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+                mask = column < HIDDEN
+                offsets = (dy_start + column, h_start + column)
+                dy, x_hat, g = look(
+                    dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, "evict_first"
+                )
+                dh = (g - x_hat * mean_x_hat_g - mean_g) * rstd + load_or_none(dresidual_out_ptr, stream + column, mask)
+                store_rows(dx_ptr, dh, row * HIDDEN + column, mask, "")
+                store_rows(dresidual_ptr, dh, row * HIDDEN + column, mask, "")
         row += 1
-    _store_part(dweight_ptr, dweight, program * HIDDEN + column, mask)
-    _store_part(dbias_ptr, dbias, program * HIDDEN + column, mask)
+    for piece in tl.static_range(PIECES):
+        column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+        store_rows(dweight_ptr, dweight[piece], program * HIDDEN + column, column < HIDDEN, "")
+        store_rows(dbias_ptr, dbias[piece], program * HIDDEN + column, column < HIDDEN, "")
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .rows import load_h, rounded, row_start, statistics, weighted
+from .rows import load_h, rounded, row_start, statistics, store_rows, weighted
 
 
 @triton.jit(do_not_specialize=["rows", "inner_rows"])
@@ -32,8 +32,12 @@ def forward_rows(
     ROUNDING: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """Each program normalises BLOCK_M whole rows, held in registers: every element is read once and written once."""
+    """Each program normalises BLOCK_M whole rows, held in registers: every element is read once and written once.
+
+    With AGAIN the statistics for a backward pass are of h as computed again, where registers do not hold it and its rounding.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)[None, :]
     in_rows = row < rows
@@ -43,23 +47,31 @@ def forward_rows(
     y_start = x_start if IN_PLACE else row[:, None] * HIDDEN
     residual_out_start = residual_start if IN_PLACE else row[:, None] * HIDDEN
 
-    h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask)
+    h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "")
     kept = rounded(h, residual_out_ptr)
-    if residual_out_ptr is not None:
-        stored = kept.to(residual_out_ptr.dtype.element_ty)
-        tl.store(residual_out_ptr + residual_out_start + column, stored, mask=mask)
+    store_rows(residual_out_ptr, kept, residual_out_start + column, mask, "")
+    if rstd_ptr is not None and not AGAIN:
+        # first, as then less is held at once
+        _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
     if ROUNDING != "sum":
         h = kept
     h, mean, rstd = statistics(h, mask, eps, HIDDEN, SUBTRACT_MEAN)
     y = weighted(h * rstd[:, None], x_ptr, weight_ptr, bias_ptr, weight_offset, column, column < HIDDEN, ROUNDING)
-    tl.store(y_ptr + y_start + column, y.to(y_ptr.dtype.element_ty), mask=mask)
-    if rstd_ptr is not None:
-        if ROUNDING == "sum" and residual_out_ptr is not None:
-            # the backward pass has the rounded h, and needs the statistics of just that
-            _, mean, rstd = statistics(kept, mask, eps, HIDDEN, SUBTRACT_MEAN)
-        tl.store(rstd_ptr + row, rstd, mask=in_rows)
-        if mean_ptr is not None:
-            tl.store(mean_ptr + row, mean, mask=in_rows)
+    store_rows(y_ptr, y, y_start + column, mask, "")
+    if rstd_ptr is not None and AGAIN:
+        # another hint to the caches, or the compiler would hold what it has loaded already
+        again = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_first")
+        kept = rounded(again, residual_out_ptr)
+        _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
+
+
+@triton.jit
+def _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN: tl.constexpr, SUBTRACT_MEAN: tl.constexpr):
+    """Store the statistics of h as residual_out holds it: the backward pass has that, and needs those of just that."""
+    _, mean, rstd = statistics(kept, mask, eps, HIDDEN, SUBTRACT_MEAN)
+    tl.store(rstd_ptr + row, rstd, mask=in_rows)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["rows", "inner_rows"])
@@ -85,77 +97,85 @@ def forward_long(
     ROUNDING: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    READ_BACK: tl.constexpr,
+    TWO_STATISTICS: tl.constexpr,
 ):
-    """Each program normalises one row longer than a block, in two passes: statistics, then y. Arguments as in forward_rows.
+    """Each program normalises one row longer than it can hold, in two passes: statistics, then y. Arguments as in forward_rows.
 
-    With a backward to follow, and h not rounded, a third pass finds the statistics of the rounded h.
-
-    The second pass finds the row in the L2 cache. Nothing is written before the last read of it, so in place is safe.
+    The second pass goes from the row's end to its start, so that it finds in a cache what the first one read last. It reads x
+    and residual, before it writes there; with READ_BACK the first pass stores residual_out, and the second reads that alone.
+    TWO_STATISTICS says that a backward pass follows, which needs those of the rounded h, and y those of h.
     """
     row = tl.program_id(0).to(tl.int64)
     x_start = row_start(row, inner_rows, x_outer, x_inner, HIDDEN, CONTIGUOUS)
     residual_start = row_start(row, inner_rows, residual_outer, residual_inner, HIDDEN, CONTIGUOUS)
     y_start = x_start if IN_PLACE else row * HIDDEN
     residual_out_start = residual_start if IN_PLACE else row * HIDDEN
-
-    row_ptr = x_ptr + x_start
-    stream_ptr = residual_ptr if residual_ptr is None else residual_ptr + residual_start
-    mean, rstd = _long_statistics(row_ptr, stream_ptr, residual_out_ptr, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN, ROUNDING != "sum")
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    FIRST: tl.constexpr = "evict_first" if READ_BACK else "evict_last"
+    lanes = tl.zeros((BLOCK_N,), tl.float32)
+    mean, squares, kept_means, kept_squares = lanes, lanes, lanes, lanes
+    # the compiler does not know that this is 0: it would unroll loops of few blocks, and keep more than registers hold
+    zero = tl.minimum(inner_rows, 0)
+    block = zero
+    while block < BLOCKS:
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = column < HIDDEN
+        h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, FIRST)
+        kept = rounded(h, residual_out_ptr)
+        if READ_BACK:
+            store_rows(residual_out_ptr, kept, residual_out_start + column, mask, "evict_last")
+        block += 1
+        share = 1.0 / block
+        mean, squares = _observe(mean, squares, h if ROUNDING == "sum" else kept, mask, share, SUBTRACT_MEAN)
+        if TWO_STATISTICS:
+            kept_means, kept_squares = _observe(kept_means, kept_squares, kept, mask, share, SUBTRACT_MEAN)
+    mean, rstd = _merge(mean, squares, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN)
     if rstd_ptr is not None:
         kept_mean, kept_rstd = mean, rstd
-        if ROUNDING == "sum" and residual_out_ptr is not None:  # noqa: SIM102  # None has no dtype
-            # the backward pass has the rounded h, and needs the statistics of just that
-            if residual_out_ptr.dtype.element_ty != tl.float32:
-                kept_mean, kept_rstd = _long_statistics(
-                    row_ptr, stream_ptr, residual_out_ptr, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN, True
-                )
+        if TWO_STATISTICS:
+            kept_mean, kept_rstd = _merge(kept_means, kept_squares, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN)
         tl.store(rstd_ptr + row, kept_rstd)
         if mean_ptr is not None:
             tl.store(mean_ptr + row, kept_mean)
-    for start in range(0, HIDDEN, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
+    if READ_BACK:
+        tl.debug_barrier()
+    block = zero + BLOCKS
+    while block > 0:
+        block -= 1
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = column < HIDDEN
-        h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask)
-        kept = rounded(h, residual_out_ptr)
-        if residual_out_ptr is not None:
-            stored = kept.to(residual_out_ptr.dtype.element_ty)
-            tl.store(residual_out_ptr + residual_out_start + column, stored, mask=mask)
-        x_hat = ((h if ROUNDING == "sum" else kept) - mean) * rstd
-        y = weighted(x_hat, x_ptr, weight_ptr, bias_ptr, weight_offset, column, mask, ROUNDING)
-        tl.store(y_ptr + y_start + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if READ_BACK:
+            h = load_h(residual_out_ptr, None, residual_out_start + column, 0, mask, "evict_first")
+        else:
+            h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_first")
+            kept = rounded(h, residual_out_ptr)
+            store_rows(residual_out_ptr, kept, residual_out_start + column, mask, "evict_first")
+            if ROUNDING != "sum":
+                h = kept
+        y = weighted((h - mean) * rstd, x_ptr, weight_ptr, bias_ptr, weight_offset, column, mask, ROUNDING)
+        store_rows(y_ptr, y, y_start + column, mask, "evict_first")
 
 
 @triton.jit
-def _long_statistics(
-    x_ptr,
-    residual_ptr,
-    residual_out_ptr,
-    eps,
-    HIDDEN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUBTRACT_MEAN: tl.constexpr,
-    ROUNDED: tl.constexpr,
-):
-    """Return mean and rstd of one row, of h or of h rounded as residual_out is; each element is read once.
+def _observe(mean, squares, h, mask, share, SUBTRACT_MEAN: tl.constexpr):
+    """Take the next value of each lane into the lane's mean and sum of squared deviations, as in Welford (1962).
 
-    The blocks' means and sums of squares are merged as in Chan, Golub and LeVeque (1979), which is as accurate as a second
-    pass over the row would be.
+    As accurate as a second pass over the row would be, and no lane waits for another before the row's end.
     """
-    mean = 0.0
-    squares = 0.0
-    for start in range(0, HIDDEN, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        mask = column < HIDDEN
-        h = load_h(x_ptr, residual_ptr, column, column, mask)
-        if ROUNDED:
-            h = rounded(h, residual_out_ptr)
-        if SUBTRACT_MEAN:
-            count = tl.minimum(HIDDEN - start, BLOCK_N).to(tl.float32)
-            block_mean = tl.sum(h, axis=0) / count
-            h = tl.where(mask, h - block_mean, 0.0)
-            share = count / (start + count)
-            delta = block_mean - mean
-            mean += delta * share
-            squares += delta * delta * start * share
-        squares += tl.sum(h * h, axis=0)
-    return mean, tl.rsqrt(squares / HIDDEN + eps)
+    if SUBTRACT_MEAN:
+        delta = tl.where(mask, h - mean, 0.0)
+        mean += delta * share
+        return mean, squares + delta * (h - mean)
+    return mean, squares + h * h
+
+
+@triton.jit
+def _merge(mean, squares, eps, HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr, SUBTRACT_MEAN: tl.constexpr):
+    """Return mean and rstd of a row from those of its lanes, as in Chan, Golub and LeVeque (1979)."""
+    of_row = 0.0
+    if SUBTRACT_MEAN:
+        values = ((HIDDEN - tl.arange(0, BLOCK_N) + BLOCK_N - 1) // BLOCK_N).to(tl.float32)
+        of_row = tl.sum(mean * values, axis=0) / HIDDEN
+        squares += values * (mean - of_row) * (mean - of_row)
+    return of_row, tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + eps)

@@ -18,12 +18,19 @@ def row_start(row, inner_rows, outer, inner, HIDDEN: tl.constexpr, CONTIGUOUS: t
 
 
 @triton.jit
-def load_h(x_ptr, residual_ptr, x_offset, residual_offset, mask):
-    """Return x + residual in float32."""
-    h = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
+def load_h(x_ptr, residual_ptr, x_offset, residual_offset, mask, KEEP: tl.constexpr):
+    """Return x + residual in float32. KEEP says to the caches how soon they are needed again."""
+    h = tl.load(x_ptr + x_offset, mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if residual_ptr is not None:
-        h += tl.load(residual_ptr + residual_offset, mask=mask, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + residual_offset, mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
     return h
+
+
+@triton.jit
+def store_rows(ptr, values, offset, mask, KEEP: tl.constexpr):
+    """Store values in the array's dtype, where there is an array."""
+    if ptr is not None:
+        tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=mask, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -45,18 +52,12 @@ def statistics(h, mask, eps, HIDDEN: tl.constexpr, SUBTRACT_MEAN: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight_ptr, weight_offset, column, mask):
-    """Return weight_offset + weight in float32."""
-    return weight_offset + tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def weighted(x_hat, x_ptr, weight_ptr, bias_ptr, weight_offset, column, mask, ROUNDING: tl.constexpr):
     """Return x_hat (weight_offset + weight) + bias in float32."""
     if ROUNDING == "hf":
         x_hat = x_hat.to(x_ptr.dtype.element_ty).to(tl.float32)
     if weight_ptr is not None:
-        x_hat = x_hat * load_weight(weight_ptr, weight_offset, column, mask)
+        x_hat = x_hat * (weight_offset + tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32))
     if bias_ptr is not None:
         x_hat = x_hat + tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
     return x_hat

@@ -14,22 +14,13 @@ from ..interpreter import Launch, watch
 
 TORCH = Torch()
 CASES = [case for case in tagged("ci") if plan.supports(case.problem()) is None]
-# How often each kernel reads each element of its inputs. A row longer than a block is read once for its statistics and once
-# more for the result; where a backward follows and will have h rounded, once more for the statistics of that.
-READS = {
-    "forward_rows": {"x": 1, "residual": 1},
-    "forward_long": {"x": 2, "residual": 2},
-    "backward_rows": {"dy": 1, "h": 1, "dresidual_out": 1, "mean": 1, "rstd": 1},
-    "backward_long": {"dy": 2, "h": 2, "dresidual_out": 1, "mean": 1, "rstd": 1},
-    "backward_columns": {"dy": 1, "h": 1},
-    "sum_partials": {"partial": 1},
-}
 OUTPUTS = {
     "forward_rows": ("y", "residual_out", "mean", "rstd"),
     "forward_long": ("y", "residual_out", "mean", "rstd"),
     "backward_rows": ("dx", "dresidual", "dweight", "dbias"),
+    "backward_twice": ("dx", "dresidual", "dweight", "dbias"),
     "backward_long": ("dx", "dresidual"),
-    "backward_columns": ("dweight", "dbias"),
+    "backward_columns": ("x_hat_g", "g", "dweight", "dbias"),
     "sum_partials": ("total",),
 }
 
