@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .plan import Step
+from .plan import BackwardPlan, Step
+from .spec import Problem
 
 # Shared memory of a multiprocessor, in bytes: the least of the compute capabilities from 8.0 on that have 64 Ki registers and
 # Triton kernels, of which a program costs 1 KiB itself; AMD's LDS of a compute unit.
@@ -69,10 +70,21 @@ def reads(step: Step, present: Mapping[str, object]) -> dict[str, int]:
         "forward_long": lambda: (
             {"x": 1, "residual": 1, "residual_out": 1} if step.constants["READ_BACK"] else {"x": 2, "residual": 2}
         ),
-        "backward_rows": lambda: {"dy": 1, "h": int(x_hat), "dresidual_out": int(dh)},
-        "backward_twice": lambda: {"dy": 1 + dh, "h": dh + x_hat, "dresidual_out": int(dh)},
+        "backward_rows": lambda: {"dy": 1, "h": 1, "dresidual_out": int(dh)},
+        "backward_twice": lambda: {"dy": 1 + dh, "h": 1 + dh, "dresidual_out": int(dh)},
         "backward_columns": lambda: {"dy": 1, "h": int(x_hat)},
         "backward_long": lambda: {"dy": 1, "h": 1, "dresidual_out": 1},
         "sum_partials": lambda: {"partial": 1},
     }[step.kernel]()
     return {name: times for name, times in often.items() if present.get(name) is not None}
+
+
+def scratch_bytes(problem: Problem, planned: BackwardPlan) -> int:
+    """Return the bytes that the steps of a backward pass hand to one another: each is written once, and read at least once.
+
+    Partial sums of dweight and dbias for each part of the rows; and for rows longer than a program holds, their shares of the
+    sums over each row.
+    """
+    sums = (problem.weight_dtype is not None) + (problem.bias_dtype is not None)
+    shares = planned.blocks * (2 if problem.spec.subtract_mean else 1)
+    return 4 * (planned.parts * problem.hidden_size * sums + problem.rows * shares)

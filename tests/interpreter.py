@@ -90,8 +90,8 @@ class _Shadow:
 class Launch:
     """One kernel launch: its arguments by name (without "_ptr"), and how often each element of a tensor was accessed."""
 
-    def __init__(self, kernel: str, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-        self.kernel, self.grid = kernel, grid
+    def __init__(self, step: Any, arguments: Mapping[str, Any]) -> None:
+        self.step, self.kernel, self.grid = step, step.kernel, step.grid
         self.arguments = {name.removesuffix("_ptr"): value for name, value in arguments.items()}
         self.tensors = {name: value for name, value in self.arguments.items() if hasattr(value, "data_ptr")}
         storages: dict[int, dict[str, Any]] = {}
@@ -140,7 +140,7 @@ def watch() -> Iterator[list[Launch]]:
 
     def watched_launch(step: Any, arguments: Mapping[str, object]) -> None:
         names = getattr(kernels, step.kernel).arg_names
-        launches.append(Launch(step.kernel, step.grid, {name: arguments[name] for name in names if name in arguments}))
+        launches.append(Launch(step, {name: arguments[name] for name in names if name in arguments}))
         try:
             original(step, arguments)
         except interpreter.InterpreterError as error:

@@ -38,6 +38,7 @@ class Measured(NamedTuple):
 
     forced: int
     chosen: int
+    registers: int
     load: Accesses
     store: Accesses
     shared: int
@@ -48,17 +49,17 @@ class Measured(NamedTuple):
 def measure(step: Step, dtypes: Mapping[str, str | None], arch: str) -> Measured:
     """Compile one step and measure it."""
     kernel = compile_step(step, dtypes, arch)
-    forced, chosen = _spills(kernel)
+    forced, chosen, registers = _spills(kernel)
     load, store = accesses(kernel.arch, kernel.assembly)
     assert kernel.num_warps == step.num_warps
     assert kernel.arch == arch
     if arch.startswith("gfx"):
-        return Measured(forced, chosen, load, store, kernel.shared, [], [])
+        return Measured(forced, chosen, registers, load, store, kernel.shared, [], [])
     entry = _only(rf"\.entry {kernel.name}\((.*?)\)", kernel.assembly)
     # the last two are Triton's own, for scratch memory
     expected = [_PTX_TYPES.get(kind, "u64") for kind in kernel.arguments.values()] + ["u64", "u64"]
     given = [kind if kind != "b32" else "f32" for kind in _PTX_PARAMETER.findall(entry)]
-    return Measured(forced, chosen, load, store, kernel.shared, given, expected)
+    return Measured(forced, chosen, registers, load, store, kernel.shared, given, expected)
 
 
 def accesses(arch: str, assembly: str) -> tuple[Accesses, Accesses]:
@@ -76,10 +77,11 @@ def accesses(arch: str, assembly: str) -> tuple[Accesses, Accesses]:
     return load, store
 
 
-def _spills(kernel: CompiledKernel) -> tuple[int, int]:
+def _spills(kernel: CompiledKernel) -> tuple[int, int, int]:
     if kernel.arch.startswith("gfx"):
         names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        return sum(int(_only(rf"\.{name}:\s*(\d+)", kernel.assembly)) for name in names), 0
+        registers = int(_only(r"\.vgpr_count:\s*(\d+)", kernel.assembly))
+        return sum(int(_only(rf"\.{name}:\s*(\d+)", kernel.assembly)) for name in names), 0, registers
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -91,23 +93,24 @@ def _spills(kernel: CompiledKernel) -> tuple[int, int]:
         int(_only(rf"\b{name}:(\d+)", usage.stdout + usage.stderr)) for name in ("REG", "STACK", "LOCAL")
     )
     available = min(_REGISTERS_PER_THREAD, _REGISTERS_PER_PROGRAM // (32 * kernel.num_warps))
-    return (stack + local, 0) if registers >= available else (0, stack + local)
+    return (stack + local, 0, registers) if registers >= available else (0, stack + local, registers)
 
 
 def row_bytes(step: Step, dtypes: Mapping[str, str | None]) -> dict[str, int]:
     """Return the bytes of rows that a program loads and stores, counted once for each place in the kernel's source."""
-    passes = 2 if int(step.constants["HIDDEN"]) > int(step.constants["BLOCK_N"]) else 1
+    again, back = (2 if step.constants.get("AGAIN") else 1), step.constants.get("READ_BACK")
     with_dh = bool(dtypes.get("dx") or dtypes.get("dresidual"))
     places: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-        "forward_rows": (("x", "residual"), ("y", "residual_out")),
-        "forward_long": (("x", "residual") * passes, ("y", "residual_out")),
+        "forward_rows": (("x", "residual") * again, ("y", "residual_out")),
+        "forward_long": (("x", "residual", *(("residual_out",) if back else ("x", "residual"))), ("y", "residual_out")),
         "backward_rows": (("dy", "h") + ("dresidual_out",) * with_dh, ("dx", "dresidual")),
-        "backward_long": (("dy", "h") * passes + ("dresidual_out",), ("dx", "dresidual")),
+        "backward_twice": (("dy", "h") * (1 + with_dh) + ("dresidual_out",) * with_dh, ("dx", "dresidual")),
+        "backward_long": (("dy", "h", "dresidual_out"), ("dx", "dresidual")),
         "backward_columns": (("dy", "h"), ("dweight", "dbias")),
         "sum_partials": (("partial",), ()),
     }
     # of a block wider than the row, the compiler leaves out what is masked in every thread
-    columns = min(int(step.constants["BLOCK_N"]), int(step.constants["HIDDEN"]))
+    columns = min(int(step.constants["BLOCK_N"]) * int(step.constants.get("PIECES", 1)), int(step.constants["HIDDEN"]))
     rows = int(step.constants.get("BLOCK_M", 1))
     loaded, stored = places[step.kernel]
 

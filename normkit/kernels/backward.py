@@ -16,15 +16,17 @@ from .rows import row_start, store_rows
 
 @triton.jit
 def look(dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN: tl.constexpr, KEEP: tl.constexpr):
-    """Return dy, x_hat and g. KEEP says to the caches how soon the rows are needed again; the compiler merges equal loads only.
+    """Return dy, x_hat (0 without h) and g. KEEP says to the caches how soon the rows are needed again; the compiler merges equal loads only.
 
     Where masked, dy is 0, so x_hat need not be. The weight has the rows' mask, or it would be held in registers in all rows.
     """
     dy = tl.load(dy_ptr + offsets[0], mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
-    x_hat = tl.load(h_ptr + offsets[1], mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
-    if SUBTRACT_MEAN:
-        x_hat -= mean
-    x_hat *= rstd
+    x_hat = 0.0
+    if h_ptr is not None:
+        x_hat = tl.load(h_ptr + offsets[1], mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
+        if SUBTRACT_MEAN:
+            x_hat -= mean
+        x_hat *= rstd
     g = dy
     if weight_ptr is not None:
         g = dy * (weight_offset + tl.load(weight_ptr + column, mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32))

@@ -43,6 +43,8 @@ def backward_columns(
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # the sum of dy alone needs nothing of h
+    needed_ptr = None if dweight_ptr is None and x_hat_g_ptr is None else h_ptr
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     while first < last:
@@ -54,12 +56,14 @@ def backward_columns(
         rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
         mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None] if SUBTRACT_MEAN else 0.0
         dy, x_hat, g = look(
-            dy_ptr, h_ptr, weight_ptr, (dy_offset, h_offset), column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, ""
+            dy_ptr, needed_ptr, weight_ptr, (dy_offset, h_offset), column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, ""
         )
-        dweight += dy * x_hat
+        if dweight_ptr is not None:
+            dweight += dy * x_hat
         dbias += dy
-        store_rows(x_hat_g_ptr, tl.sum(x_hat * g, axis=1), row * blocks + block, in_rows, "")
-        store_rows(g_ptr, tl.sum(g, axis=1), row * blocks + block, in_rows, "")
+        if x_hat_g_ptr is not None:
+            store_rows(x_hat_g_ptr, tl.sum(x_hat * g, axis=1), row * blocks + block, in_rows, "")
+            store_rows(g_ptr, tl.sum(g, axis=1), row * blocks + block, in_rows, "")
         first += BLOCK_M
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     store_rows(dweight_ptr, tl.sum(dweight, axis=0), program * HIDDEN + columns, columns < HIDDEN, "")

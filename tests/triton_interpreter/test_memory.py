@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from normkit import plan
+from normkit.bench.traffic import moved_bytes
+from normkit.interface import Wanted
+from normkit.resources import reads, scratch_bytes
 
 from ..cases import Case, tagged
 from ..frameworks import Torch
@@ -25,20 +28,32 @@ OUTPUTS = {
 }
 
 
-def check_traffic(launch: Launch, rounding: str | None = None) -> None:
-    """Check that a launch moved what its kernel has to, and nothing else."""
-    residual_out = launch.tensors.get("residual_out")
-    rounds = rounding in (None, "sum") and residual_out is not None and residual_out.dtype.itemsize < 4
-    third_pass = launch.kernel == "forward_long" and rounds and "rstd" in launch.tensors
+def check_traffic(launch: Launch) -> None:
+    """Check that a launch moved what its step says, and nothing else."""
+    stated = reads(launch.step, launch.tensors)
     for name in launch.tensors:
-        if name in OUTPUTS[launch.kernel]:
-            assert launch.unwritten(name) == []
-            assert (launch.writes(name) == 1).all(), name
-            assert not launch.reads(name).any(), name
-        else:
-            assert not launch.writes(name).any(), name
-            times = READS[launch.kernel].get(name)
-            assert times is None or (launch.reads(name) == times + third_pass).all(), name
+        written = name in OUTPUTS[launch.kernel]
+        assert (launch.writes(name) == written).all(), name
+        if written or name in stated:
+            assert (launch.reads(name) == stated.get(name, 0)).all(), name
+
+
+def footprint(launches: list[Launch]) -> int:
+    """Return the bytes that are read at all, each once for all launches, and those that are written."""
+    seen: dict[int, int] = {}
+    written = 0
+    for launch in launches:
+        for name, tensor in launch.tensors.items():
+            written += int(launch.writes(name).sum()) * tensor.element_size()
+            if launch.reads(name).any() and tensor.numel():
+                seen[tensor.data_ptr()] = int((launch.reads(name) > 0).sum()) * tensor.element_size()
+    return written + sum(seen.values())
+
+
+def read_back(launch: Launch) -> int:
+    """Return the bytes of results that the launch reads itself."""
+    outputs = [launch.tensors[name] for name in reads(launch.step, launch.tensors) if name in OUTPUTS[launch.kernel]]
+    return sum(tensor.numel() * tensor.element_size() for tensor in outputs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -47,13 +62,17 @@ def test_every_element_moves_as_often_as_it_must(case: Case) -> None:
     with watch() as launches:
         TORCH.gradients(case, arrays, "triton")
     problem = case.problem(platform="cuda", needs_grad=True)
-    long = problem.hidden_size > plan.BACKWARD_LONGEST_ROW
-    names = [plan.forward_plan(problem).kernel, *(["backward_long", "backward_columns"] if long else ["backward_rows"])]
-    names = names if problem.rows else []
-    assert [launch.kernel for launch in launches if launch.kernel != "sum_partials"] == names
-    assert [launch.kernel for launch in launches].count("sum_partials") == (case.weight is not None) + (case.bias is not None)
+    planned = plan.backward_plan(problem, Wanted.by(problem))
+    steps = [plan.forward_plan(problem), *planned.steps] if problem.rows else []
+    totals = (case.weight is not None) + (case.bias is not None)
+    assert [launch.step for launch in launches] == steps + [planned.total] * totals
     for launch in launches:
-        check_traffic(launch, case.rounding)
+        check_traffic(launch)
+    if problem.rows:
+        forward, backward = footprint(launches[:1]), footprint(launches[1:])
+        statistics = moved_bytes(problem, "forward-and-backward") - sum(moved_bytes(problem, p) for p in ("forward", "backward"))
+        assert forward == moved_bytes(problem, "forward") + statistics + read_back(launches[0])
+        assert backward == moved_bytes(problem, "backward") + 2 * scratch_bytes(problem, planned)
 
 
 def test_without_a_backward_no_statistics_are_written() -> None:
@@ -78,8 +97,10 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(asks: tuple[str, ...], 
     y, _ = TORCH.call(case, arrays, "triton")
     with watch() as launches:
         torch.autograd.grad(y, [arrays[name] for name in asks], arrays["dy"])
-    written = {name for launch in launches for name in launch.tensors if name in OUTPUTS[launch.kernel]} - {"total"}
+    written = {name for launch in launches for name in launch.tensors if name in OUTPUTS[launch.kernel]}
+    written -= {"total", "x_hat_g", "g"}
     assert written == {f"d{name}" for name in asks}
+    assert {"x", "residual"} & {*asks} or not any("x_hat_g" in launch.tensors for launch in launches)
     for launch in launches:
         outputs = [name for name in launch.tensors if name in OUTPUTS[launch.kernel]]
         assert all((launch.writes(name) == 1).all() for name in outputs)
