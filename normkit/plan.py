@@ -22,7 +22,7 @@ MAX_THREADS = 1024
 ELEMENTS_EACH, MANY_ELEMENTS_EACH = 16, 32
 MANY_FROM = 8192
 # The longest rows that a program holds: with 1024 threads of 64 registers, of which 32 hold h. Up to half of that there is
-# room for the statistics of h and of h rounded; then h is computed again, from x and residual in a cache, where both are needed.
+# room for the statistics of h and of h rounded; then h is computed again, from caches, where both are needed.
 FORWARD_LONGEST_ROW = 32768
 FORWARD_LONGEST_WITH_BOTH = 16384
 # Longer rows are read in blocks by 1024 threads, which leaves room for one program only, so that the rows in flight fit into
@@ -45,8 +45,8 @@ FEWEST_PARTS, ELEMENTS_HELD = 128, 2**20
 MOST_TO_FEWEST = 4
 # Elements of the block of `sum_partials`, and its fewest and most columns: 32 and 128 bytes.
 PARTIALS_ELEMENTS, PARTIALS_COLUMNS = 4096, (8, 32)
-# Registers that a thread may use: found by compiling, and kept so by tests/test_ahead_of_time.py. They say how many programs
-# share a multiprocessor. Backward, a thread holds one sum or two for each of its elements, besides a row.
+# Registers that a thread may use where rows are aligned: found by compiling, and kept so by tests/test_ahead_of_time.py. They
+# say how many programs share a multiprocessor. Backward, a thread holds one sum or two for each of its elements, besides a row.
 FEW_REGISTERS, MANY_REGISTERS, MOST_REGISTERS = 64, 128, 168
 BACKWARD_REGISTERS = {"backward_rows": 96, "backward_columns": 112, "backward_long": 80}
 
@@ -139,7 +139,8 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
 
     Example:
         >>> from normkit.spec import NormSpec, Operand, describe
-        >>> plan = backward_plan(describe(NormSpec("rms"), Operand((4096, 4096), "bfloat16")), Wanted(True, False, True, False))
+        >>> x, weight = Operand((4096, 4096), "bfloat16"), Operand((4096,), "bfloat16")
+        >>> plan = backward_plan(describe(NormSpec("rms"), x, x, weight), Wanted(True, True, True, False))
         >>> plan.parts, plan.rows_per_program, [step.kernel for step in plan.steps]
         (256, 16, ['backward_rows'])
     """
@@ -157,8 +158,8 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
         parts, rows_per_program = _parts(problem, rows, columns)
         shape = {"BLOCK_M": rows, "BLOCK_N": columns}
         registers = BACKWARD_REGISTERS["backward_rows"]
-        if two or problem.spec.subtract_mean:
-            registers = MANY_REGISTERS if item == 2 else MOST_REGISTERS
+        if item > 2 or two or problem.spec.subtract_mean:
+            registers = MOST_REGISTERS if item > 2 and two else MANY_REGISTERS
         steps = (_step(problem, "backward_rows", (parts,), constants | shape, ELEMENTS_EACH, registers),)
     elif columns * 2 * item <= BACKWARD_TWICE_BYTES:
         parts, rows_per_program = _parts(problem, 1, columns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a planned step may use of a multiprocessor, and how often it moves what: pure functions, which the tests hold code to."""
+"""What a planned step may use of a multiprocessor, and how often it moves what; the tests hold the code to it."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def row_bytes(step: Step, dtypes: Mapping[str, str | None]) -> dict[str, int]:
         "backward_rows": (("dy", "h") + ("dresidual_out",) * with_dh, ("dx", "dresidual")),
         "backward_twice": (("dy", "h") * (1 + with_dh) + ("dresidual_out",) * with_dh, ("dx", "dresidual")),
         "backward_long": (("dy", "h", "dresidual_out"), ("dx", "dresidual")),
-        "backward_columns": (("dy", "h"), ("dweight", "dbias")),
+        "backward_columns": (("dy", "h"), ()),
         "sum_partials": (("partial",), ()),
     }
     # of a block wider than the row, the compiler leaves out what is masked in every thread

@@ -132,7 +132,8 @@ def test_machine_code(configuration: Configuration, measured: Callable[[Configur
     step, platform = configuration.step, "rocm" if configuration.arch.startswith("gfx") else "cuda"
     assert result.forced <= spilled_bytes(step)
     assert result.chosen <= CHOSEN_BYTES
-    assert result.registers <= registers(step, platform)
+    # odd rows move an element at a time, and take more registers
+    assert not configuration.aligned or result.registers <= registers(step, platform)
     assert result.shared <= min(SHARED_LIMITS[configuration.arch], shared_memory(step, platform))
     assert result.parameters == result.expected_parameters
     if configuration.aligned:
@@ -149,9 +150,11 @@ def _assert_vectorised(configuration: Configuration, result: Measured) -> None:
     assert result.store.wide_bytes * threads >= moved["store"]
     forward, rows = step.kernel.startswith("forward"), int(step.constants.get("BLOCK_M", 1))
     statistics = rows * _present(dtypes, "mean", "rstd")
+    blocks = -(-int(step.constants.get("BLOCKS", 1)) // 256)
+    shares = _present(dtypes, "x_hat_g", "g") * max(rows, blocks)
     small = rows > 1
-    assert result.load.narrow <= (0 if forward else statistics) + small * _present(dtypes, "weight", "bias")
-    assert result.store.narrow <= (statistics if forward else 0) + small * _present(dtypes, "dweight", "dbias", "total")
+    assert result.load.narrow <= (0 if forward else statistics + 2 * shares) + small * _present(dtypes, "weight", "bias")
+    assert result.store.narrow <= (statistics if forward else shares) + small * _present(dtypes, "dweight", "dbias", "total")
 
 
 def _present(dtypes: dict[str, str | None], *names: str) -> int:

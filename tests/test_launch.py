@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from normkit.plan import MAX_PARTS
+from normkit.plan import ELEMENTS_HELD, MOST_TO_FEWEST
 
 from .fake_driver import FakeLaunch, compiled, fake_driver
 from .machine_code import Accesses, accesses
@@ -84,7 +84,7 @@ def test_rows_far_apart_have_64_bit_strides(launches: list[FakeLaunch]) -> None:
     ("hidden", "kernels"),
     [
         (HIDDEN, ["backward_rows", "sum_partials", "sum_partials"]),
-        (20000, ["backward_long", "backward_columns", "sum_partials", "sum_partials"]),
+        (20000, ["backward_columns", "backward_long", "sum_partials", "sum_partials"]),
     ],
 )
 def test_backward_launches(launches: list[FakeLaunch], hidden: int, kernels: list[str]) -> None:
@@ -96,14 +96,14 @@ def test_backward_launches(launches: list[FakeLaunch], hidden: int, kernels: lis
     dy, dresidual_out = _rows(700, hidden=hidden), _rows(700, hidden=hidden)
     gradients = torch.autograd.grad((y, residual_out), (x, residual, weight, bias), (dy, dresidual_out))
     assert [launch.kernel for launch in launches] == kernels
-    first, partials, totals = launches[0].arguments, launches[-3].arguments, launches[-2:]
+    partials, first, totals = launches[0].arguments, launches[-3].arguments, launches[-2:]
     assert first["dy_ptr"].data_ptr() == dy.data_ptr()
     assert first["dresidual_out_ptr"].data_ptr() == dresidual_out.data_ptr()
     assert first["h_ptr"].data_ptr() == residual_out.data_ptr()
     assert [first[name].data_ptr() for name in ("mean_ptr", "rstd_ptr")] == statistics
     assert first["dx_ptr"].data_ptr() == gradients[0].data_ptr() == gradients[1].data_ptr()
     parts = -(-700 // partials["rows_per_program"])
-    assert parts <= MAX_PARTS and parts in launches[-3].grid
+    assert parts * partials["BLOCK_N"] <= MOST_TO_FEWEST * ELEMENTS_HELD and parts in launches[0].grid
     for launch, name, gradient in zip(totals, ("dweight", "dbias"), gradients[2:], strict=True):
         assert launch.arguments["partial_ptr"].data_ptr() == partials[f"{name}_ptr"].data_ptr()
         assert launch.arguments["total_ptr"].data_ptr() == gradient.data_ptr()

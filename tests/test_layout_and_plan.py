@@ -125,9 +125,20 @@ def test_backward_plans_deal_out_all_rows(hidden: int) -> None:
         for step in (*plan.steps, plan.total):
             assert all(size < 2**31 for size in step.grid[:1]) and all(size < 2**16 for size in step.grid[1:])
         kernels = [step.kernel for step in plan.steps]
-        if "backward_rows" not in kernels:
-            assert ("backward_long" in kernels) == (wanted.dx or wanted.dresidual)
-            assert ("backward_columns" in kernels) == (wanted.dweight or wanted.dbias)
+        dh = wanted.dx or wanted.dresidual
+        assert kernels in (["backward_rows"], ["backward_twice"], ["backward_columns"] + ["backward_long"] * dh)
+        assert plan.blocks == (-(-hidden // 512) if "backward_long" in kernels else 0)
+
+
+@pytest.mark.parametrize("hidden", [1024, 4096, 8192, 16384, 65536])
+def test_partial_sums_are_a_small_share_unless_parts_are_few(hidden: int) -> None:
+    for rows in ROWS[1:]:
+        problem = _problem(hidden, rows)
+        plan = backward_plan(problem, Wanted(True, True, True, True))
+        # weight and bias: two sums of 4 bytes, written and read; dy, h, dresidual_out and dx are 8 bytes
+        share = plan.parts * 2 * 2 * 4 / (rows * 8)
+        assert share <= 1 / 16 or plan.parts <= 512, (rows, share)
+        assert share <= 2 or rows < 512, (rows, share)
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)

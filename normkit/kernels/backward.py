@@ -15,8 +15,22 @@ from .rows import row_start, store_rows
 
 
 @triton.jit
-def look(dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN: tl.constexpr, KEEP: tl.constexpr):
-    """Return dy, x_hat (0 without h) and g. KEEP says to the caches how soon the rows are needed again; the compiler merges equal loads only.
+def look(
+    dy_ptr,
+    h_ptr,
+    weight_ptr,
+    offsets,
+    column,
+    mean,
+    rstd,
+    weight_offset,
+    mask,
+    SUBTRACT_MEAN: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Return dy, x_hat (0 without h) and g. KEEP says to the caches how soon the rows are needed again.
+
+    The compiler merges loads only if they are equal, so that a second look with another KEEP is one.
 
     Where masked, dy is 0, so x_hat need not be. The weight has the rows' mask, or it would be held in registers in all rows.
     """
@@ -36,7 +50,7 @@ def look(dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, 
 @triton.jit
 def load_or_none(ptr, offset, mask):
     """Return what is there in float32, 0 where there is no array."""
-    if ptr is not None:
+    if ptr is not None:  # noqa: SIM108  # both sides of an expression would be compiled
         values = tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
     else:
         values = 0.0
@@ -144,8 +158,8 @@ def backward_twice(
     """
     program = tl.program_id(0).to(tl.int64)
     dweight, dbias = (), ()
-    for piece in tl.static_range(PIECES):
-        dweight, dbias = dweight + (tl.zeros((BLOCK_N,), tl.float32),), dbias + (tl.zeros((BLOCK_N,), tl.float32),)
+    for piece in tl.static_range(PIECES):  # noqa: B007
+        dweight, dbias = dweight + (tl.zeros((BLOCK_N,), tl.float32),), dbias + (tl.zeros((BLOCK_N,), tl.float32),)  # noqa: RUF005
     row = program * rows_per_program
     last = tl.minimum(row + rows_per_program, rows)
     while row < last:
@@ -158,11 +172,12 @@ def backward_twice(
         more_dweight, more_dbias = (), ()
         for piece in tl.static_range(PIECES):
             column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = column < HIDDEN
             offsets = (dy_start + column, h_start + column)
             dy, x_hat, g = look(
-                dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, column < HIDDEN, SUBTRACT_MEAN, "evict_last"
+                dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, "evict_last"
             )
-            more_dweight, more_dbias = more_dweight + (dweight[piece] + dy * x_hat,), more_dbias + (dbias[piece] + dy,)
+            more_dweight, more_dbias = more_dweight + (dweight[piece] + dy * x_hat,), more_dbias + (dbias[piece] + dy,)  # noqa: RUF005
             sum_x_hat_g += x_hat * g
             sum_g += g
         dweight, dbias = more_dweight, more_dbias

@@ -55,7 +55,7 @@ def forward_rows(
         _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
     if ROUNDING != "sum":
         h = kept
-    h, mean, rstd = statistics(h, mask, eps, HIDDEN, SUBTRACT_MEAN)
+    h, _, rstd = statistics(h, mask, eps, HIDDEN, SUBTRACT_MEAN)
     y = weighted(h * rstd[:, None], x_ptr, weight_ptr, bias_ptr, weight_offset, column, column < HIDDEN, ROUNDING)
     store_rows(y_ptr, y, y_start + column, mask, "")
     if rstd_ptr is not None and AGAIN:
