@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import numpy_dtype
 from ..errors import NormkitError
 from ..tolerance import expected_backward, expected_forward, worst
 from .contest import Arrays, Contest
@@ -27,7 +28,7 @@ def verified_rows(contest: Contest) -> Any:
 
 def sparse(contest: Contest, arrays: Arrays) -> Arrays:
     """Return the arrays with a dy that is zero but in the verified rows, so that dweight and dbias are sums over these."""
-    dy = np.zeros_like(arrays.dy)
+    dy = 0 * arrays.dy
     dy[verified_rows(contest)] = arrays.dy[verified_rows(contest)]
     return arrays._replace(dy=dy)
 
@@ -37,15 +38,20 @@ def worst_error(contest: Contest, arrays: Arrays, results: dict[str, Any]) -> fl
 
     Args:
         contest: what was computed.
-        arrays: of NumPy, as `sparse` returns them.
-        results: of NumPy, by name.
+        arrays: as `sparse` returns them.
+        results: by name.
     """
     chosen = verified_rows(contest)
     problem = contest.of_rows(len(chosen)).problem
-    given = arrays.map(lambda array: array[chosen] if array.ndim == 2 else array)
+    given = arrays.map(lambda array: _few(array, chosen))
     expected = dict(zip(("y", "residual_out"), expected_forward(problem, *given[:4]), strict=True))
     # as torch and JAX round a sum of two arrays, and as every contestant hands it on
-    h = (given.x.astype(np.float32) + given.residual.astype(np.float32)).astype(given.x.dtype)
+    h = (given.x.astype(np.float32) + given.residual.astype(np.float32)).astype(numpy_dtype(contest.dtype))
     expected |= expected_backward(problem, given.dy, given.dresidual_out, h, given.weight)
-    rows = {name: array[chosen] if array.ndim == 2 else array for name, array in results.items()}
-    return max(worst(array, expected[name]) for name, array in rows.items())
+    return max(worst(_few(array, chosen), expected[name]) for name, array in results.items())
+
+
+def _few(array: Any, chosen: Any) -> Any:
+    """Return the rows that are verified, or a whole vector, as a NumPy array; a tensor in float32, which holds any."""
+    few = array[chosen] if array.ndim == 2 else array
+    return np.asarray(few.detach().float().cpu() if hasattr(few, "detach") else few)
