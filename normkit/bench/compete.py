@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..tolerance import Expectation
 from .contest import Arrays, Contest, Program
 from .contestants import COPY, Contestant
 from .device import Device
 from .measure import Block, Ready, Times, interleaved
-from .verify import WrongResultError, sparse, worst_error
+from .verify import WrongResultError, expectations, sparse, worst_error
 
 _RESET_AFTER = 256
 """Calls after which what was overwritten is given its values again: the residual grows with each call, and may not overflow."""
@@ -117,19 +118,28 @@ def compete(
     def timed(program: Program) -> Block:
         return clock(_ready(program, sets, shared))
 
+    given = sparse(contest, sets[0])
+    expected = expectations(contest, given)
     entries, absent = [], []
     for contestant in contestants:
-        entry = _enter(contestant, contest, sets[0], timed)
+        entry = _enter(contestant, contest, given, expected, timed)
         if isinstance(entry, str):
             absent.append(Absent(contestant.name, contest, entry))
         else:
             entries.append(entry)
+    del given
     times = interleaved({entry.contestant.name: entry.block for entry in entries}, seconds, tick=tick)
     computed = device.name == "cpu" or contest.clock != "host"
     return Outcome([_row(contest, entry, entries, times, computed) for entry in entries], absent)
 
 
-def _enter(contestant: Contestant, contest: Contest, arrays: Arrays, timed: Callable[[Program], Block]) -> _Entry | str:
+def _enter(
+    contestant: Contestant,
+    contest: Contest,
+    given: Arrays,
+    expected: dict[str, Expectation],
+    timed: Callable[[Program], Block],
+) -> _Entry | str:
     """Verify a contestant and make its calls ready to be timed, or return why it does not take part."""
     reason = contestant.refusal(contest)
     if reason is not None:
@@ -138,11 +148,10 @@ def _enter(contestant: Contestant, contest: Contest, arrays: Arrays, timed: Call
         program = contestant.program(contest)
         if program.results is None:
             return _Entry(contestant, timed(program), "", None)
-        given = sparse(contest, arrays)
         buffers = program.put(given)
         implementation = program.implementation(buffers)
-        error = worst_error(contest, given, program.results(buffers, program.ready(buffers)()))
-        del given, buffers  # which are large
+        error = worst_error(contest, expected, program.results(buffers, program.ready(buffers)()))
+        del buffers  # which are large
         block = timed(program)
     # Any exception: what others' packages fail with cannot be foreseen, and why is reported.
     except Exception as failure:

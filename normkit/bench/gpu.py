@@ -42,7 +42,7 @@ def cuda() -> Device:
 
     if not torch.cuda.is_available():
         raise UnsupportedError(f"--device cuda: torch {torch.__version__} sees no CUDA device; --tiny tries all but the GPU")
-    properties = torch.cuda.get_device_properties()
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     facts = {
         "device": properties.name,
         "cuda": str(torch.version.cuda),
