@@ -88,13 +88,13 @@ selection=("${tests[@]/#/tests/test_}")
 selection=("${selection[@]/%/.py}" -k "not (prefill or gpt_2_batch or hidden_16k or hidden_64k or hidden_1m or 2_31)")
 interpreted=()
 names="normkit_torch torch vllm liger quack flash_attn flashinfer"
-samples=20
+jax=(--samples 20 --cases llama_3_8b_prefill gpt_2_batch hidden_16k qk_norm_prefill)
 sweep=(--passes forward backward)
 if [[ $tiny ]]; then
     selection=(tests/test_layout_and_plan.py)
     interpreted=(env TRITON_INTERPRET=1)
     names="normkit_torch torch"
-    samples=2
+    jax=(--samples 2 --cases gpt_2_batch)
     sweep=(--passes forward --dtypes float32)
     seconds=0.0001
     export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=
@@ -126,12 +126,11 @@ for exponent in 7 9 10 11 12 13 14 15 16 17 18 20; do few+=("8x$((2 ** exponent)
 by_torch=(--contestants normkit_torch torch.compile --passes forward backward)
 by_torch+=(--cases 1048576x128 131072x1024 32768x4096 16384x8192 4096x32768 1024x131072)
 sweep+=(--kinds rms --without sum_partials --hidden-sizes 1024 4096 8192 16384 65536)
-stages+=(prepare_torch prepare_plans)
-seconds=0.000001 bench prepare_torch 140 --contestants normkit_torch --cases "${few[@]}" &
-stage prepare_plans 140 "${interpreted[@]}" "$python" -m benchmarks.plans $tiny "${sweep[@]}" --elements 131072 --seconds 0.000001 \
-    --output "$scratch/prepared.csv" &
 if [[ ! $tiny ]]; then
-    stages+=(prepare_torch_compile)
+    stages+=(prepare_torch prepare_plans prepare_torch_compile)
+    seconds=0.000001 bench prepare_torch 140 --contestants normkit_torch --cases "${few[@]}" &
+    stage prepare_plans 140 "$python" -m benchmarks.plans "${sweep[@]}" --elements 131072 --seconds 0.000001 \
+        --output "$scratch/prepared.csv" &
     seconds=0.000001 bench prepare_torch_compile 140 "${by_torch[@]}" &
 fi
 wait
@@ -148,8 +147,7 @@ else
 fi
 bench decode 45 --contestants $names --kinds rms --passes forward in-place --clocks graph host --csv "$output/torch_decode.csv" \
     --cases {1,2,4,8,16,32,64}x{4096,8192}
-jax=(llama_3_8b_prefill gpt_2_batch hidden_16k qk_norm_prefill)
-stage jax 50 "$python" -m benchmarks.jax_gpu $tiny --samples "$samples" --cases "${jax[@]}" --output "$output/jax_gpu.csv"
+stage jax 50 "$python" -m benchmarks.jax_gpu $tiny "${jax[@]}" --output "$output/jax_gpu.csv"
 stage plans 50 "${interpreted[@]}" "$python" -m benchmarks.plans $tiny "${sweep[@]}" --output "$output/plans.csv"
 
 for name in torch_gpu torch_decode; do
