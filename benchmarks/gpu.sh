@@ -87,13 +87,13 @@ tests+=(torch_modules torch_transforms torch_compile jax_gradient jax_vmap jax_t
 selection=("${tests[@]/#/tests/test_}")
 selection=("${selection[@]/%/.py}" -k "not (prefill or gpt_2_batch or hidden_16k or hidden_64k or hidden_1m or 2_31)")
 interpreted=()
-names="normkit_torch torch vllm liger quack flash_attn flashinfer"
+names=(normkit_torch torch vllm liger quack flash_attn flashinfer)
 jax=(--samples 20 --cases llama_3_8b_prefill gpt_2_batch hidden_16k qk_norm_prefill)
 sweep=(--passes forward backward)
 if [[ $tiny ]]; then
     selection=(tests/test_layout_and_plan.py)
     interpreted=(env TRITON_INTERPRET=1)
-    names="normkit_torch torch"
+    names=(normkit_torch torch)
     jax=(--samples 2 --cases gpt_2_batch)
     sweep=(--passes forward --dtypes float32)
     seconds=0.0001
@@ -102,7 +102,7 @@ fi
 has xdist && selection+=(-n 8)
 stages+=(tests)
 # a warning of a version that no one has seen yet is no failure
-stage tests 140 "$python" -m pytest -q -p no:cacheprovider -o filterwarnings=default --tb=short "${selection[@]}" &
+stage tests 170 "$python" -m pytest -q -p no:cacheprovider -o filterwarnings=default --tb=short "${selection[@]}" &
 
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 kernels=()
@@ -116,7 +116,7 @@ for tool in memcheck racecheck initcheck; do
         continue
     fi
     # each tensor has memory of its own, so that what is beside it is nobody's
-    stage "$tool" 140 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+    stage "$tool" 170 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
         "${kernels[@]}" "${interpreted[@]}" "$python" -m benchmarks.calls $tiny &
 done
 
@@ -128,24 +128,24 @@ by_torch+=(--cases 1048576x128 131072x1024 32768x4096 16384x8192 4096x32768 1024
 sweep+=(--kinds rms --without sum_partials --hidden-sizes 1024 4096 8192 16384 65536)
 if [[ ! $tiny ]]; then
     stages+=(prepare_torch prepare_plans prepare_torch_compile)
-    seconds=0.000001 bench prepare_torch 140 --contestants normkit_torch --cases "${few[@]}" &
-    stage prepare_plans 140 "$python" -m benchmarks.plans "${sweep[@]}" --elements 131072 --seconds 0.000001 \
+    seconds=0.000001 bench prepare_torch 170 --contestants normkit_torch --cases "${few[@]}" &
+    stage prepare_plans 170 "$python" -m benchmarks.plans "${sweep[@]}" --elements 131072 --seconds 0.000001 \
         --output "$scratch/prepared.csv" &
-    seconds=0.000001 bench prepare_torch_compile 140 "${by_torch[@]}" &
+    seconds=0.000001 bench prepare_torch_compile 170 "${by_torch[@]}" &
 fi
 wait
 
 stages+=(large torch torch_compile decode jax plans)
-stage large 25 "${interpreted[@]}" "$python" -m benchmarks.calls --large $tiny
-bench torch 160 --contestants $names --csv "$output/torch_gpu.csv"
+stage large 40 "${interpreted[@]}" "$python" -m benchmarks.calls --large $tiny
+bench torch 180 --contestants "${names[@]}" --csv "$output/torch_gpu.csv"
 # fewer cases, in the same file
 if [[ $tiny ]]; then
     not_run torch_compile "it would compile for the processor"
 else
-    bench torch_compile 90 "${by_torch[@]}" --csv "$scratch/compiled.csv"
+    bench torch_compile 80 "${by_torch[@]}" --csv "$scratch/compiled.csv"
     [[ -f $scratch/compiled.csv ]] && tail -n +2 "$scratch/compiled.csv" >>"$output/torch_gpu.csv"
 fi
-bench decode 45 --contestants $names --kinds rms --passes forward in-place --clocks graph host --csv "$output/torch_decode.csv" \
+bench decode 45 --contestants "${names[@]}" --kinds rms --passes forward in-place --clocks graph host --csv "$output/torch_decode.csv" \
     --cases {1,2,4,8,16,32,64}x{4096,8192}
 stage jax 50 "$python" -m benchmarks.jax_gpu $tiny "${jax[@]}" --output "$output/jax_gpu.csv"
 stage plans 50 "${interpreted[@]}" "$python" -m benchmarks.plans $tiny "${sweep[@]}" --output "$output/plans.csv"

@@ -191,15 +191,33 @@ def test_all_benchmarks_run_from_a_checkout(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    """With a Python that writes what it was asked, as the script is for a GPU."""
+    asked = tmp_path / "asked.txt"
     python = script(
-        tmp_path, "python", 'case "$*" in *"-m pytest"*|*"-m benchmarks.jax_gpu"*) echo "FAILED tests/test_x.py"; exit 3;; esac'
+        tmp_path,
+        "python",
+        f'echo "$*" >>{asked}',
+        'while (($#)); do case "$1" in --csv | --output) printf "name\\n$2\\n" >"$2" ;; esac; last="$last $1"; shift; done',
+        'case "$last" in *"-m pytest"* | *"-m benchmarks.jax_gpu"*) echo "FAILED tests/test_x.py"; exit 3 ;; esac',
     )
-    done = run_all(python, str(tmp_path), "--tiny", str(tmp_path / "output"))
+    script(tmp_path, "compute-sanitizer", "exit 9")
+    output = tmp_path / "output"
+    done = run_all(python, str(tmp_path), str(output))
     assert done.returncode == 1
     *_, verdicts = done.stdout.split("\n\n")
-    failed = [line.split()[0] for line in verdicts.splitlines() if "FAILED: exit status 3" in line]
-    assert failed == ["tests", "jax"] and len(verdicts.splitlines()) == len(STAGES)
+    found = {line.split()[0]: line.split(maxsplit=3)[3] for line in verdicts.splitlines()}
+    assert list(found) == [*STAGES[:5], "prepare_torch", "prepare_plans", "prepare_torch_compile", *STAGES[5:]]
+    failed = {name: verdict for name, verdict in found.items() if verdict != "passed"}
+    sanitizer = dict.fromkeys(("memcheck", "racecheck", "initcheck"), "FAILED: exit status 9")
+    assert failed == sanitizer | dict.fromkeys(("tests", "jax"), "FAILED: exit status 3")
     assert "\nFAILED tests/test_x.py\n" in done.stdout
+    # both stages are in one file
+    head, *lines = (output / "torch_gpu.csv").read_text(encoding="utf-8").splitlines()
+    assert head == "name" and [Path(line).name for line in lines] == ["torch_gpu.csv", "compiled.csv"]
+    commands = asked.read_text(encoding="utf-8")
+    assert "--tiny" not in commands and "--cases 1x4096 1x8192 2x4096" in commands
+    named = next(line for line in commands.splitlines() if "-m pytest" in line)
+    assert all((ROOT / word).exists() for word in named.split() if word.startswith("tests/"))
 
 
 def test_a_rehearsal_writes_nothing_among_the_results(tmp_path: Path) -> None:
