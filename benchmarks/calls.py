@@ -26,7 +26,7 @@ from normkit import kernels
 from normkit.bench import gpu, with_torch
 from normkit.bench.contest import Case as Shape
 from normkit.bench.contest import Contest
-from normkit.bench.verify import expectations, sparse, worst_error
+from normkit.bench.verify import expectations, sparse, spoil, worst_error
 from normkit.tolerance import expected_backward, expected_forward, worst
 from normkit_torch import launch
 from tests.cases import CASES, Case
@@ -58,7 +58,9 @@ def backward(framework: Torch, case: Case, given: dict[str, Any]) -> float:
     residual_out, gradients = framework.gradients(case, _moved(framework, given), "triton")
     h = given["x"] if residual_out is None else framework.numpy(residual_out)
     expected = expected_backward(case.problem(), given["dy"], given["dresidual_out"], h, given["weight"])
-    return max(worst(_numpy(framework, gradient), expected[f"d{name}"]) for name, gradient in gradients.items())
+    error = max(worst(_numpy(framework, gradient), expected[f"d{name}"]) for name, gradient in gradients.items())
+    spoil(gradients.values())
+    return error
 
 
 def in_place(framework: Torch, case: Case, given: dict[str, Any]) -> float:
@@ -172,9 +174,10 @@ def _forward_error(framework: Torch, case: Case, given: dict[str, Any], y: Any, 
     computed = residual_out if case.residual else None
     operands = {name: given[name] for name in ("x", "residual", "weight", "bias")}
     expected = expected_forward(case.problem(), **operands, residual_out=framework.numpy(computed))
-    return max(
-        worst(_numpy(framework, actual), of) for actual, of in zip((y, computed), expected, strict=True) if actual is not None
-    )
+    pairs = [(actual, of) for actual, of in zip((y, computed), expected, strict=True) if actual is not None]
+    error = max(worst(_numpy(framework, actual), of) for actual, of in pairs)
+    spoil(actual for actual, _ in pairs)
+    return error
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from .contest import Arrays, Contest, Program
 from .contestants import COPY, Contestant
 from .device import Device
 from .measure import Block, Ready, Times, interleaved
-from .verify import WrongResultError, expectations, sparse, worst_error
+from .verify import WrongResultError, expectations, sparse, spoil, worst_error
 
 _RESET_AFTER = 256
 """Calls after which what was overwritten is given its values again: the residual grows with each call, and may not overflow."""
@@ -150,8 +150,10 @@ def _enter(
             return _Entry(contestant, timed(program), "", None)
         buffers = program.put(given)
         implementation = program.implementation(buffers)
-        error = worst_error(contest, expected, program.results(buffers, program.ready(buffers)()))
-        del buffers  # which are large
+        results = program.results(buffers, program.ready(buffers)())
+        error = worst_error(contest, expected, results)
+        spoil(results.values())
+        del buffers, results  # which are large
         block = timed(program)
     # Any exception: what others' packages fail with cannot be foreseen, and why is reported.
     except Exception as failure:
