@@ -23,7 +23,7 @@ import torch
 
 import normkit_jax
 import normkit_torch
-from normkit.bench.measure import interleaved
+from normkit.bench.measure import by_clock, interleaved
 from normkit.spec import NormSpec
 from normkit.vendors.exchange import Given
 from tests.vendors.vendor import MODULE, NAME
@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
         for result, value in zip(function(), expected, strict=True):
             array = result.numpy() if isinstance(result, torch.Tensor) else np.asarray(result)
             np.testing.assert_allclose(array, value, rtol=1e-5, atol=1e-5, err_msg=name)
-    measured = interleaved({name: partial(_again, function) for name, function in functions.items()}, options.seconds)
+    blocks = {name: by_clock(partial(_again, function)) for name, function in functions.items()}
+    measured = interleaved(blocks, options.seconds)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -31,14 +31,13 @@ import numpy as np
 
 import normkit_jax
 from normkit.bench.traffic import moved_bytes
+from normkit.bench.verify import verified_rows
 from normkit.tolerance import expected_backward, expected_forward, worst
 from tests.cases import Case, tagged
 
 Function = Callable[..., Any]
 # More than the largest cache of a GPU, so that a buffer is out of it when its turn comes again.
 ROTATED_BYTES = 512 * 2**20
-# Rows that are verified, first to last: but for dweight and dbias, the results of a row do not depend on the others.
-VERIFIED_ROWS = 64
 OPERANDS = ("x", "residual", "weight", "bias")
 PACKAGES = ("jax", "jaxlib", "triton", "flax", "tokamax")
 COLUMNS: tuple[str, ...] = ("case", "rows", "hidden_size", "x_dtype", "mode", "implementation", "worst_error")
@@ -134,28 +133,23 @@ def buffers(case: Case, rotated_bytes: int) -> list[list[Any]]:
     return [[make(key, *item) for key, item in zip(row, dtypes.items(), strict=True)] for row in keys]
 
 
-def verified_rows(case: Case) -> Any:
-    """Return the indices of the rows that are verified, spread over all."""
-    rows = case.problem().rows
-    return np.linspace(0, rows - 1, min(VERIFIED_ROWS, rows)).astype(int)
-
-
 def sparse(case: Case, arrays: list[Any]) -> list[Any]:
     """Return the arrays with a dy that is zero but in the verified rows, so that dweight and dbias are sums over these."""
     *others, dy, dresidual_out = arrays
     chosen = np.zeros((case.problem().rows, 1), bool)
-    chosen[verified_rows(case)] = True
+    chosen[verified_rows(case.problem().rows, case.shape[-1])] = True
     return [*others, jnp.where(chosen.reshape(*case.shape[:-1], 1), dy, 0).astype(dy.dtype), dresidual_out]
 
 
 def worst_error(case: Case, mode: str, arrays: list[Any], results: Any) -> float:
     """Return the largest error in units of its bound, of the rows that have a dy and of the sums over them."""
-    few = replace(case, shape=(min(VERIFIED_ROWS, case.problem().rows), case.shape[-1]))
+    chosen = verified_rows(case.problem().rows, case.shape[-1])
+    few = replace(case, shape=(len(chosen), case.shape[-1]))
 
     def rows(array: Any) -> Any:
         if array is None or array.ndim == 1:
             return None if array is None else np.asarray(array)
-        return np.asarray(array.reshape(-1, case.shape[-1])[verified_rows(case)])
+        return np.asarray(array.reshape(-1, case.shape[-1])[chosen])
 
     given = [rows(array) for array in arrays]
     y, residual_out, *gradients = [rows(array) for array in results]

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command, summary in (
         ("info", info, "show versions, devices and what is chosen on each, with a check of every implementation"),
         ("demo", demo, "decode text with a real LLaMA in PyTorch and JAX, and check both against transformers"),
-        ("bench", bench, "time normkit and its peers on this machine's processor, verified, against a copy of as many bytes"),
+        ("bench", bench, "time normkit and its peers on this machine, verified, against a copy of as many bytes"),
     ):
         options = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         command.add_arguments(options)

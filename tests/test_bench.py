@@ -19,7 +19,7 @@ import pytest
 
 from normkit import bench
 from normkit.__main__ import main
-from normkit.bench import circumstances, command, compete, contestants, measure, report, with_arrays
+from normkit.bench import circumstances, command, compete, contestants, device, measure, report, with_arrays
 from normkit.bench.contest import PASSES, Case, Contest, Program
 from normkit.bench.contestants import COPY, TABLE, Contestant
 from normkit.bench.verify import VERIFIED_ROWS, WrongResultError
@@ -40,7 +40,8 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def competed(contest: Contest, *of: Contestant, cache_bytes: int = 2**30) -> compete.Outcome:
-    return compete.compete(contest, [*of, contestants.copy()], seconds=1e-6, cache_bytes=cache_bytes)
+    where = replace(device.processor(), cache_bytes=cache_bytes)
+    return compete.compete(contest, [*of, contestants.copy()], where, seconds=1e-6)
 
 
 def scaled(contestant: Contestant, result: str, ours: bool) -> Contestant:
@@ -64,7 +65,8 @@ def scaled(contestant: Contestant, result: str, ours: bool) -> Contestant:
 
 def test_table_csv_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    names = [each.name for each in TABLE if find_spec(each.framework) and each.name != "torch.compile"]
+    here = [each for each in TABLE if find_spec(each.framework) and "cpu" in each.devices]
+    names = [each.name for each in here if each.name != "torch.compile"]
     written, picture = tmp_path / "results" / "cpu.csv", tmp_path / "cpu.svg"
     assert main(["bench", *LITTLE, "--contestants", *names, "--csv", str(written), "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
@@ -95,7 +97,7 @@ def test_table_csv_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--contestants", "tourch"], "there is no such contestant; there are normkit_torch, torch"),
+        (["--contestants", "tourch"], "there is no such contestant on cpu; there are normkit_torch, torch"),
         (["--contestants", "normkit_jax", "--frameworks", "numpy"], "belongs to --frameworks numpy"),
         (["--cases", "16by4096"], "such as 16x4096, both at least 1; got '16by4096'"),
         (["--cases", "0x4096"], "both at least 1; got '0x4096'"),
@@ -104,10 +106,7 @@ def test_table_csv_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--threads", "100000"], "--threads must be from 1 to"),
         (["--read", "nowhere.csv"], "cannot read nowhere.csv: FileNotFoundError"),
         (["--read", str(ROOT / "README.md")], "pass a CSV file that normkit bench wrote"),
-        (
-            [*LITTLE, "--frameworks", "numpy", "--passes", "backward"],
-            "there is nothing to measure. Not run:\n  normkit, numpy in",
-        ),
+        ([*LITTLE, "--frameworks", "numpy", "--passes", "backward"], "nothing to measure. Not run:\n  normkit, numpy in"),
     ],
 )
 def test_what_cannot_run_is_an_error(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +232,8 @@ class Clock:
 def test_contestants_are_timed_in_turn_without_the_first_calls_and_what_makes_them_ready() -> None:
     clock, log, ticks = Clock(), list[str](), list[int]()
     of = {"a": clock.takes(1e-3, log, "a"), "b": clock.takes(0.5, log, "b")}
-    times = measure.interleaved(of, 0.02, clock=clock, tick=lambda: ticks.append(len(log)))
+    blocks = {name: measure.by_clock(ready, clock) for name, ready in of.items()}
+    times = measure.interleaved(blocks, 0.02, tick=lambda: ticks.append(len(log)))
     assert times["a"] == pytest.approx((1e-3, 1e-3, 1e-3, 20))
     assert times["b"] == pytest.approx((0.5, 0.5, 0.5, 6))
     starts = [call[0] for call in log if call[1:] == "0"]
@@ -294,5 +294,5 @@ def test_the_summary_has_the_geometric_means() -> None:
     [row, _] = competed(TINY, NUMPY).rows
     rows = [replace(row, rows=rows, ratio_to_normkit=ratio) for rows, ratio in ((16, 2.0), (17, 8.0))]
     line = next(line for line in report.summary(rows).splitlines() if line.startswith("| numpy"))
-    assert line.replace("|", " ").split() == ["numpy", "forward", "rms", "float32", "2", "4.00", "1", "2.00"]
+    assert line.replace("|", " ").split() == ["numpy", "forward", "host", "rms", "float32", "2", "4.00", "1", "2.00"]
     assert "nothing to compare" in report.summary([row])

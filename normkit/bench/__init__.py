@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`normkit bench`: normkit and its peers on this machine's processor, first verified, then timed."""
+"""`normkit bench`: normkit and its peers on this machine's processor or its NVIDIA GPU, first verified, then timed."""

@@ -22,9 +22,14 @@ ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 _DISTRIBUTIONS = {
     "numpy": ("numpy",),
     "torch": ("torch",),
+    "triton": ("triton",),
     "jax": ("jax",),
     "vllm": vllm.DISTRIBUTIONS,
     "ipex": (ipex.DISTRIBUTION,),
+    "liger": ("liger-kernel",),
+    "quack": ("quack-kernels",),
+    "flash_attn": ("flash-attn",),
+    "flashinfer": ("flashinfer-python",),
 }
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _USUAL_CACHE = 32 * 2**20

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..tolerance import Expectation
 from .contest import Arrays, Contest, Program
 from .contestants import COPY, Contestant
-from .measure import Ready, Times, interleaved
-from .verify import WrongResultError, sparse, worst_error
+from .device import Device
+from .measure import Block, Ready, Times, interleaved
+from .verify import WrongResultError, expectations, sparse, spoil, worst_error
 
 _RESET_AFTER = 256
 """Calls after which what was overwritten is given its values again: the residual grows with each call, and may not overflow."""
@@ -35,10 +36,11 @@ class Row:
         us_median: their median.
         us_p80: their 80th percentile.
         samples: how many calls were timed.
-        gb_per_s: bytes of the byte model, in 1e9, per second.
-        percent_of_copy: of the bandwidth of the copy in the same contest.
+        gb_per_s: bytes of the byte model, in 1e9, per second; None where only the launch was timed.
+        percent_of_copy: of the bandwidth of the copy in the same contest; None where only the launch was timed.
         ratio_to_normkit: how many times as long it takes as normkit for the same framework; None without one.
         worst_error: the largest error in units of its bound; None for the copy.
+        clock: one of CLOCKS.
     """
 
     case: str
@@ -54,10 +56,11 @@ class Row:
     us_median: float
     us_p80: float
     samples: int
-    gb_per_s: float
-    percent_of_copy: float
+    gb_per_s: float | None
+    percent_of_copy: float | None
     ratio_to_normkit: float | None
     worst_error: float | None
+    clock: str = "host"
 
     @property
     def within_bounds(self) -> str:
@@ -82,7 +85,7 @@ class Outcome(NamedTuple):
 
 class _Entry(NamedTuple):
     contestant: Contestant
-    program: Program
+    block: Block
     implementation: str
     error: float | None
 
@@ -90,10 +93,9 @@ class _Entry(NamedTuple):
 def compete(
     contest: Contest,
     contestants: Sequence[Contestant],
+    device: Device,
     *,
     seconds: float,
-    cache_bytes: int,
-    clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Verify and time contestants.
@@ -101,41 +103,58 @@ def compete(
     Args:
         contest: what they compute.
         contestants: the copy among them.
+        device: where.
         seconds: see `normkit.bench.measure.interleaved`.
-        cache_bytes: a contest that moves more works on two sets of buffers in turn, so that it finds nothing in the cache.
-        clock: returns seconds.
         tick: is called after each round.
 
     Raises:
         WrongResultError: a contestant that is normkit is not within its bounds.
     """
-    sets = [contest.arrays(seed) for seed in range(2 if contest.moved_bytes > cache_bytes else 1)]
+    device.check_room(contest)
+    sets = [device.arrays(contest, seed) for seed in range(2 if contest.moved_bytes > device.cache_bytes else 1)]
+    shared: dict[Any, list[Any]] = {}
+    clock = device.clocks[contest.clock]
+
+    def timed(program: Program) -> Block:
+        return clock(_ready(program, sets, shared))
+
+    given = sparse(contest, sets[0])
+    expected = expectations(contest, given)
     entries, absent = [], []
     for contestant in contestants:
-        entry = _enter(contestant, contest, sets[0])
+        entry = _enter(contestant, contest, given, expected, timed)
         if isinstance(entry, str):
             absent.append(Absent(contestant.name, contest, entry))
         else:
             entries.append(entry)
-    shared: dict[Any, list[Any]] = {}
-    ready = {entry.contestant.name: _ready(entry.program, sets, shared) for entry in entries}
-    times = interleaved(ready, seconds, clock=clock, tick=tick)
-    return Outcome([_row(contest, entry, entries, times) for entry in entries], absent)
+    del given
+    times = interleaved({entry.contestant.name: entry.block for entry in entries}, seconds, tick=tick)
+    computed = device.name == "cpu" or contest.clock != "host"
+    return Outcome([_row(contest, entry, entries, times, computed) for entry in entries], absent)
 
 
-def _enter(contestant: Contestant, contest: Contest, arrays: Arrays) -> _Entry | str:
-    """Verify a contestant, or return why it does not take part."""
+def _enter(
+    contestant: Contestant,
+    contest: Contest,
+    given: Arrays,
+    expected: dict[str, Expectation],
+    timed: Callable[[Program], Block],
+) -> _Entry | str:
+    """Verify a contestant and make its calls ready to be timed, or return why it does not take part."""
     reason = contestant.refusal(contest)
     if reason is not None:
         return reason
     try:
         program = contestant.program(contest)
         if program.results is None:
-            return _Entry(contestant, program, "", None)
-        given = sparse(contest, arrays)
+            return _Entry(contestant, timed(program), "", None)
         buffers = program.put(given)
         implementation = program.implementation(buffers)
-        error = worst_error(contest, given, program.results(buffers, program.ready(buffers)()))
+        results = program.results(buffers, program.ready(buffers)())
+        error = worst_error(contest, expected, results)
+        spoil(results.values())
+        del buffers, results  # which are large
+        block = timed(program)
     # Any exception: what others' packages fail with cannot be foreseen, and why is reported.
     except Exception as failure:
         if contestant.ours:
@@ -143,7 +162,7 @@ def _enter(contestant: Contestant, contest: Contest, arrays: Arrays) -> _Entry |
         return f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
     if contestant.ours and not error <= 1:
         raise WrongResultError(f"{contestant.name} ({implementation}) is wrong on {contest}: {error:.3g} times the bound")
-    return _Entry(contestant, program, implementation, error)
+    return _Entry(contestant, block, implementation, error)
 
 
 def _ready(program: Program, sets: list[Arrays], shared: dict[Any, list[Any]]) -> Ready:
@@ -160,7 +179,8 @@ def _ready(program: Program, sets: list[Arrays], shared: dict[Any, list[Any]]) -
     return ready
 
 
-def _row(contest: Contest, entry: _Entry, entries: Sequence[_Entry], times: dict[str, Times]) -> Row:
+def _row(contest: Contest, entry: _Entry, entries: Sequence[_Entry], times: dict[str, Times], computed: bool) -> Row:
+    """Return a row; `computed` is whether the times are those of computing, and not of launching alone."""
     name, framework = entry.contestant.name, entry.contestant.framework
     own = times[name]
     ours = [times[each.contestant.name] for each in entries if each.contestant.ours and each.contestant.framework == framework]
@@ -178,10 +198,11 @@ def _row(contest: Contest, entry: _Entry, entries: Sequence[_Entry], times: dict
         us_median=_rounded(1e6 * own.median),
         us_p80=_rounded(1e6 * own.p80),
         samples=own.samples,
-        gb_per_s=_rounded(contest.moved_bytes / own.median / 1e9),
-        percent_of_copy=_rounded(100 * times[COPY].median / own.median),
+        gb_per_s=_rounded(contest.moved_bytes / own.median / 1e9) if computed else None,
+        percent_of_copy=_rounded(100 * times[COPY].median / own.median) if computed else None,
         ratio_to_normkit=_rounded(own.median / ours[0].median) if ours else None,
         worst_error=None if entry.error is None else _rounded(entry.error),
+        clock=contest.clock,
     )
 
 

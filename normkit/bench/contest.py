@@ -20,6 +20,10 @@ from a forward that is not timed. forward-and-backward: both, as one compiled JA
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+CLOCKS = ("device", "graph", "host")
+"""device: what a call takes the device, its own events around it. graph: the same of a call within a CUDA graph of many. host:
+what a call takes the processor, which on a GPU is to launch it, and on the processor all there is."""
+
 _EPS = {"rms": 1e-6, "layer": 1e-5}
 
 
@@ -66,15 +70,16 @@ class Arrays(NamedTuple):
 
 @dataclass(frozen=True)
 class Contest:
-    """One workload: `kind` is that of NormSpec, `pass_` one of PASSES."""
+    """One workload: `kind` is that of NormSpec, `pass_` one of PASSES, `clock` one of CLOCKS."""
 
     case: Case
     dtype: str
     kind: str
     pass_: str
+    clock: str = "host"
 
     def __str__(self) -> str:
-        return f"{self.case} {self.dtype} {self.kind} {self.pass_}"
+        return f"{self.case} {self.dtype} {self.kind} {self.pass_}{'' if self.clock == 'host' else f' {self.clock}'}"
 
     @property
     def eps(self) -> float:
@@ -103,6 +108,10 @@ class Contest:
         def normal(shape: tuple[int, ...], mean: float = 0.0, scale: float = 1.0) -> Any:
             return (mean + scale * rng.standard_normal(shape, np.float32)).astype(numpy_dtype(self.dtype))
 
+        return self.filled(normal)
+
+    def filled(self, normal: Callable[..., Any]) -> Arrays:
+        """Return arrays by a function of shape, mean (0 unless given) and standard deviation (1 unless given)."""
         shape, hidden = tuple(self.case), (self.case.hidden_size,)
         bias = normal(hidden, 0.0, 0.5) if self.kind == "layer" else None
         return Arrays(normal(shape), normal(shape), normal(hidden, 1.0, 0.3), bias, normal(shape), normal(shape))
@@ -120,9 +129,9 @@ class Program(NamedTuple):
     """How one contestant computes one contest.
 
     Attributes:
-        put: NumPy arrays as the buffers that the program works on; programs with the same function share buffers.
+        put: the device's arrays as the buffers that the program works on; programs with the same function share buffers.
         ready: a call on buffers, ready to be made once: only the call itself is timed.
-        results: the results by name as NumPy arrays, from the buffers and what the call returned; None if there are none.
+        results: the results by name, from the buffers and what the call returned; None if there are none.
         reset: gives the buffers the values of the arrays again, where the call overwrites them.
         implementation: the name of the implementation that normkit chooses for the buffers.
     """

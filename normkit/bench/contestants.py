@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from . import with_arrays, with_torch
+from . import peers, with_arrays, with_torch
 from .contest import Contest, Program
+from .device import NAMES
 
 FRAMEWORKS = ("torch", "jax", "numpy")
 
@@ -39,6 +40,7 @@ class Contestant:
         program: how it computes a contest that it does not refuse.
         limits: why it does not compute a contest, None if it does.
         ours: whether it is normkit, whose results have to be within their bounds, and with which the others are compared.
+        devices: those that it runs on, of `normkit.bench.device.NAMES`.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Contestant:
     program: Callable[[Contest], Program]
     limits: Callable[[Contest], str | None] = _none
     ours: bool = False
+    devices: tuple[str, ...] = ("cpu",)
 
     def refusal(self, contest: Contest) -> str | None:
         """Return why this contestant does not take part in a contest, None if it does."""
@@ -57,10 +60,11 @@ class Contestant:
 
 
 TABLE = (
-    Contestant("normkit_torch", "torch", with_torch.normkit_torch, ours=True),
-    Contestant("torch", "torch", with_torch.eager),
-    Contestant("torch.compile", "torch", with_torch.compiled),
-    Contestant("vllm", "torch", with_torch.vllm_operator, with_torch.vllm_refusal),
+    Contestant("normkit_torch", "torch", with_torch.normkit_torch, ours=True, devices=NAMES),
+    Contestant("torch", "torch", with_torch.eager, devices=NAMES),
+    Contestant("torch.compile", "torch", with_torch.compiled, devices=NAMES),
+    Contestant("vllm", "torch", with_torch.vllm_operator, with_torch.vllm_refusal, devices=NAMES),
+    *(Contestant(name, "torch", *peer, devices=("cuda",)) for name, peer in peers.TABLE.items()),
     Contestant("ipex", "torch", with_torch.ipex_operator, with_torch.ipex_refusal),
     Contestant("normkit_jax", "jax", with_arrays.normkit_jax, ours=True),
     Contestant("jax.jit", "jax", with_arrays.plain_jax),

@@ -17,6 +17,9 @@ import numpy as np
 Ready = Callable[[int], Callable[[], Any]]
 """The call of that index within a block, ready to be made: only the call itself is timed."""
 
+Block = Callable[[int], list[float]]
+"""Makes so many calls, and returns the seconds of each."""
+
 ROUNDS = 20
 _WARM_UP = 5
 _LEAST, _MOST = 3, 5000
@@ -32,11 +35,25 @@ class Times(NamedTuple):
     samples: int
 
 
+def by_clock(ready: Ready, clock: Callable[[], float] = time.perf_counter) -> Block:
+    """Time calls by a clock that returns seconds."""
+
+    def block(count: int) -> list[float]:
+        times = []
+        for index in range(count):
+            call = ready(index)
+            start = clock()
+            call()
+            times.append(clock() - start)
+        return times
+
+    return block
+
+
 def interleaved(
-    contestants: Mapping[str, Ready],
+    contestants: Mapping[str, Block],
     seconds: float,
     *,
-    clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Times]:
     """Time contestants in turn.
@@ -44,7 +61,6 @@ def interleaved(
     Args:
         contestants: by name.
         seconds: about how long the counted calls of each shall take together; slow ones take longer.
-        clock: returns seconds.
         tick: is called after each of ROUNDS rounds.
 
     Returns:
@@ -56,12 +72,12 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        counts = {name: _calls_of_a_block(ready, seconds / ROUNDS, clock) for name, ready in contestants.items()}
+        counts = {name: _calls_of_a_block(block, seconds / ROUNDS) for name, block in contestants.items()}
         for start in range(ROUNDS):
             first = start % len(names)
             for name in names[first:] + names[:first]:
                 dropped = -(-counts[name] // 4)
-                found[name] += _block(contestants[name], dropped + counts[name], clock)[dropped:]
+                found[name] += contestants[name](dropped + counts[name])[dropped:]
             tick()
     finally:
         if collecting:
@@ -74,16 +90,6 @@ def _summed_up(times: list[float]) -> Times:
     return Times(float(p20), float(median), float(p80), len(times))
 
 
-def _calls_of_a_block(ready: Ready, seconds: float, clock: Callable[[], float]) -> int:
-    fastest = min(_block(ready, _WARM_UP, clock)[1:])
+def _calls_of_a_block(block: Block, seconds: float) -> int:
+    fastest = min(block(_WARM_UP)[1:])
     return round(min(_MOST, max(_LEAST, seconds / max(fastest, 1e-9))))
-
-
-def _block(ready: Ready, count: int, clock: Callable[[], float]) -> list[float]:
-    times = []
-    for index in range(count):
-        call = ready(index)
-        start = clock()
-        call()
-        times.append(clock() - start)
-    return times

@@ -28,26 +28,27 @@ def check(path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw one panel for each pass, kind and dtype: cases in the order of their hidden size, one line for each contestant.
+    """Draw one panel for each pass, clock, kind and dtype: cases in the order of their hidden size, a line for each contestant.
 
     Raises:
         OptionError: there is nothing to draw.
     """
     (figures,) = require("matplotlib.figure", extra="bench")
-    shown = [row for row in rows if row.contestant != COPY]
+    shown = [row for row in rows if row.contestant != COPY and row.percent_of_copy is not None]
     if not shown:
         raise OptionError(f"there is nothing to draw in {path}: no contestant has a row")
     cases = sorted({(row.hidden_size, row.rows, row.case) for row in shown})
     names = list(dict.fromkeys(row.contestant for row in shown))
-    passes = list(dict.fromkeys(row.pass_ for row in shown))
+    passes = list(dict.fromkeys((row.pass_, row.clock) for row in shown))
     columns = list(dict.fromkeys((row.kind, row.dtype) for row in shown))
     size = (1 + 3.5 * len(columns), 1 + 2.8 * len(passes))
     figure = figures.Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(passes), len(columns), squeeze=False, sharex=True, sharey="row")
-    for line, pass_ in zip(panels, passes, strict=True):
-        for panel, (kind, dtype) in zip(line, columns, strict=True):
-            _panel(panel, [row for row in shown if (row.pass_, row.kind, row.dtype) == (pass_, kind, dtype)], cases, names)
-            panel.set_title(f"{pass_}, {kind}, {dtype}", fontsize="small")
+    for line, (pass_, clock) in zip(panels, passes, strict=True):
+        for panel, column in zip(line, columns, strict=True):
+            of = [row for row in shown if (row.pass_, row.clock, row.kind, row.dtype) == (pass_, clock, *column)]
+            _panel(panel, of, cases, names)
+            panel.set_title(", ".join((pass_, *column, *(() if clock == "host" else (clock,)))), fontsize="small")
     handles: dict[str, Any] = {}
     for panel in panels.flat:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):

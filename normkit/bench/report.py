@@ -53,7 +53,7 @@ def read(path: Path) -> list[Row]:
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [Row(**{name: _parsed(name, line[column(name)]) for name in _FIELDS}) for line in csv.DictReader(file)]
+            return [Row(**_row(line)) for line in csv.DictReader(file)]
     except (OSError, KeyError, ValueError) as error:
         raise OptionError(
             f"cannot read {path}: {type(error).__name__}: {error}; pass a CSV file that normkit bench wrote"
@@ -63,17 +63,30 @@ def read(path: Path) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """Return the main columns as text, which is Markdown too."""
     (tabulate,) = require("tabulate", extra="bench")
-    heads = ("case", "dtype", "kind", "pass", "contestant", "us", "p20 to p80", "GB/s", "% of copy", "x normkit", "error")
+    heads = (
+        "case",
+        "dtype",
+        "kind",
+        "pass",
+        "clock",
+        "contestant",
+        "us",
+        "p20 to p80",
+        "GB/s",
+        "% of copy",
+        "x normkit",
+        "error",
+    )
     lines = [
         (
-            *(row.case, row.dtype, row.kind, row.pass_, f"{row.contestant}{_of(row)}"),
+            *(row.case, row.dtype, row.kind, row.pass_, row.clock, f"{row.contestant}{_of(row)}"),
             *(_short(row.us_median), f"{_short(row.us_p20)} to {_short(row.us_p80)}"),
             *(_short(row.gb_per_s), _short(row.percent_of_copy), _short(row.ratio_to_normkit)),
             _error(row),
         )
         for row in rows
     ]
-    alignment = ("left",) * 5 + ("right",) * 6
+    alignment = ("left",) * 6 + ("right",) * 6
     return str(tabulate.tabulate(lines, heads, tablefmt="github", colalign=alignment, disable_numparse=True))
 
 
@@ -81,18 +94,18 @@ def summary(rows: Sequence[Row]) -> str:
     """Return geometric means of the ratios to normkit, over all cases and over those of few rows."""
     (tabulate,) = require("tabulate", extra="bench")
     without = {COPY, *(contestant.name for contestant in TABLE if contestant.ours)}
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.contestant not in without and row.ratio_to_normkit is not None:
-            groups.setdefault((row.contestant, row.pass_, row.kind, row.dtype), []).append(row)
+            groups.setdefault((row.contestant, row.pass_, row.clock, row.kind, row.dtype), []).append(row)
     lines = []
     for group, of in groups.items():
         few = [row for row in of if row.rows <= FEW_ROWS]
         lines.append((*group, len(of), _mean(of), len(few), _mean(few)))
     if not lines:
         return "There is nothing to compare with normkit."
-    heads = ("contestant", "pass", "kind", "dtype", "cases", "x normkit", f"of <= {FEW_ROWS} rows", "x normkit")
-    alignment = ("left",) * 4 + ("right",) * 4
+    heads = ("contestant", "pass", "clock", "kind", "dtype", "cases", "x normkit", f"of <= {FEW_ROWS} rows", "x normkit")
+    alignment = ("left",) * 5 + ("right",) * 4
     text = tabulate.tabulate(lines, heads, tablefmt="github", colalign=alignment, disable_numparse=True)
     return f"Time as a multiple of normkit's for the same framework, geometric means over cases:\n\n{text}"
 
@@ -127,6 +140,11 @@ def _mean(rows: Sequence[Row]) -> str:
 def _short(value: float | None) -> str:
     """Return a number with about three digits."""
     return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _row(line: dict[str, str]) -> dict[str, Any]:
+    # files from before there were clocks have no such column
+    return {name: _parsed(name, line[column(name)]) for name in _FIELDS if name != "clock" or name in line}
 
 
 def _parsed(name: str, text: str) -> Any:

@@ -30,13 +30,13 @@ def normkit_torch(contest: Contest) -> Program:
         verdicts = front_end.explain(name, *given, eps=contest.eps)
         return next(verdict.name for verdict in verdicts if verdict.accepted)
 
-    return _program(contest, lambda tensors: partial(function, *tensors[:4]))._replace(implementation=implementation)
+    return program(contest, lambda tensors: partial(function, *tensors[:4]))._replace(implementation=implementation)
 
 
 def eager(contest: Contest) -> Program:
     """An addition and torch's own norm."""
     function = _plain(contest)
-    return _program(contest, lambda tensors: partial(function, *tensors[:4]))
+    return program(contest, lambda tensors: partial(function, *tensors[:4]))
 
 
 def compiled(contest: Contest) -> Program:
@@ -46,14 +46,18 @@ def compiled(contest: Contest) -> Program:
     # otherwise what was compiled for earlier contests counts towards the limit of recompilations
     torch.compiler.reset()
     function = torch.compile(_plain(contest), dynamic=False)
-    return _program(contest, lambda tensors: partial(function, *tensors[:4]))
+    return program(contest, lambda tensors: partial(function, *tensors[:4]))
 
 
 def vllm_operator(contest: Contest) -> Program:
     """vLLM's operator, which works in place: otherwise in clones of x and residual."""
     import torch
 
-    operator = torch.ops._C.fused_add_rms_norm
+    return in_place_operator(contest, torch.ops._C.fused_add_rms_norm)
+
+
+def in_place_operator(contest: Contest, operator: Callable[..., Any]) -> Program:
+    """An operator that writes y into x and the sum into the residual: otherwise in clones of them."""
 
     def bind(tensors: Arrays) -> Call:
         if contest.pass_ == "in-place":
@@ -66,7 +70,7 @@ def vllm_operator(contest: Contest) -> Program:
 
         return of_clones
 
-    return _program(contest, bind)
+    return program(contest, bind)
 
 
 def vllm_refusal(contest: Contest) -> str | None:
@@ -74,11 +78,11 @@ def vllm_refusal(contest: Contest) -> str | None:
     if vllm.found().problem:
         return vllm.found().problem
     if contest.kind != "rms":
-        return "vLLM has no LayerNorm on the CPU"
+        return "vLLM has no LayerNorm that adds"
     if contest.pass_ == "backward":
         return "vLLM's operators have no backward pass"
     if contest.case.hidden_size % 8:
-        return "on the CPU vLLM wants a hidden size that is a multiple of 8"
+        return "vLLM wants a hidden size that is a multiple of 8 on the CPU, and is slow at others"
     return None
 
 
@@ -93,7 +97,7 @@ def ipex_operator(contest: Contest) -> Program:
             return partial(operator, *given, True)
         return lambda: (operator(*given, False), tensors.x + tensors.residual)
 
-    return _program(contest, bind)
+    return program(contest, bind)
 
 
 def ipex_refusal(contest: Contest) -> str | None:
@@ -103,14 +107,12 @@ def ipex_refusal(contest: Contest) -> str | None:
 
 def copy(contest: Contest) -> Program:
     """A copy that reads and writes as many bytes as the contest moves."""
-    import torch
-
     count = max(1, contest.moved_bytes // 2 // numpy_dtype(contest.dtype).itemsize)
 
     def put(arrays: Arrays) -> tuple[Any, Any]:
+        like = _shared(arrays.x)
         # written, as memory that never was has no pages of its own
-        dtype = getattr(torch, contest.dtype)
-        return torch.ones(count, dtype=dtype), torch.ones(count, dtype=dtype)
+        return like.new_ones(count), like.new_ones(count)
 
     return Program(put, lambda buffers: partial(buffers[1].copy_, buffers[0]), None)
 
@@ -137,7 +139,8 @@ def _plain(contest: Contest) -> Callable[..., Any]:
     return in_place if contest.pass_ == "in-place" else forward
 
 
-def _program(contest: Contest, bind: Bind) -> Program:
+def program(contest: Contest, bind: Bind) -> Program:
+    """Return the program of a forward call, by which the pass of the contest is computed."""
     if contest.pass_ == "backward":
         return Program(_put, partial(_backward, bind), _gradients)
     if contest.pass_ == "in-place":
@@ -168,11 +171,11 @@ def _backward(bind: Bind, tensors: Arrays) -> Call:
 
 
 def _gradients(tensors: Arrays, returned: Any) -> dict[str, Any]:
-    return {name: _numpy(tensor) for name, tensor in zip(("dx", "dresidual", "dweight", "dbias"), returned, strict=False)}
+    return dict(zip(("dx", "dresidual", "dweight", "dbias"), returned, strict=False))
 
 
 def _results(returned: Any) -> dict[str, Any]:
-    return {name: _numpy(tensor) for name, tensor in zip(("y", "residual_out"), returned, strict=True)}
+    return dict(zip(("y", "residual_out"), returned, strict=True))
 
 
 def _written(tensors: Arrays, returned: Any) -> dict[str, Any]:
@@ -183,15 +186,12 @@ def _written(tensors: Arrays, returned: Any) -> dict[str, Any]:
 
 
 def _shared(array: Any) -> Any:
-    """Return a NumPy array as a tensor over the same memory."""
+    """Return a NumPy array as a tensor over the same memory; a tensor as it is."""
     import torch
 
+    if isinstance(array, torch.Tensor):
+        return array
     # NumPy's bfloat16 is none of its own
     if array.dtype == numpy_dtype("bfloat16"):
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _numpy(tensor: Any) -> Any:
-    """Return the values of a tensor, in float32, which holds all dtypes here."""
-    return tensor.detach().float().numpy()

@@ -8,6 +8,7 @@ import pytest
 from normkit.bench.compete import compete
 from normkit.bench.contest import Case, Contest
 from normkit.bench.contestants import TABLE, copy
+from normkit.bench.device import processor
 
 from .vendor import NAME
 
@@ -18,7 +19,7 @@ CONTESTANT = next(each for each in TABLE if each.name == NAME)
 @pytest.mark.parametrize("pass_", ["forward", "in-place", "backward"])
 def test_the_operator_competes(kind: str, pass_: str) -> None:
     contest = Contest(Case(5, 64), "float32", kind, pass_)
-    rows, absent = compete(contest, [CONTESTANT, copy()], seconds=1e-6, cache_bytes=0)
+    rows, absent = compete(contest, [CONTESTANT, copy()], processor(), seconds=1e-6)
     if pass_ == "backward" or (NAME, kind) == ("vllm", "layer"):
         assert "has no LayerNorm" in absent[0].reason or "no backward pass" in absent[0].reason
     else:
