@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A callback on the CPU by normkit's compiled library: a custom call that gives a Python function the addresses of its buffers.
 
-For each buffer of `buffer_callback`, JAX makes an object, from which torch then makes a tensor. XLA hands out the same addresses
-again and again, so that here a tensor is made once for each.
+For each buffer of `buffer_callback`, JAX makes an object, from which torch then makes a tensor. XLA hands out the same
+addresses again and again, so that here a tensor is made once for each.
 """
 
 from __future__ import annotations

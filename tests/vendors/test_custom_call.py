@@ -23,15 +23,6 @@ from .vendor import MODULE, NAME, rows
 
 COMPILED = pytest.mark.skipif(custom_call.target() is None, reason="the compiled library is not there")
 WAYS = pytest.mark.parametrize("native", [pytest.param(True, marks=COMPILED), False], ids=["custom call", "buffer_callback"])
-AGAIN = """
-import jax, numpy as np, normkit_jax
-jax.config.update("jax_compilation_cache_dir", {folder!r})
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-x = np.ones((4, 64), np.float32)
-y, _ = jax.jit(lambda x: normkit_jax.add_rms_norm(x, x, implementation={name!r}))(x)
-print(float(y[0, 0]))
-"""
 
 
 def step() -> Any:
@@ -110,9 +101,9 @@ def test_tensors_of_few_addresses_are_kept() -> None:
 
 
 @COMPILED
-def test_a_program_in_the_cache_of_jax_is_not_that_of_another_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", AGAIN.format(folder=str(tmp_path), name=NAME)]
-    for _ in range(2):
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 120}
-        done = subprocess.run(command, cwd=Path(__file__).parents[2], **options)
-        assert float(done.stdout.splitlines()[-1]) == pytest.approx(1)
+def test_no_other_process_has_the_name_of_the_custom_call() -> None:
+    """A program from JAX's cache would hold an address of the process that made it."""
+    code = "from normkit.vendors import custom_call\nprint(custom_call.target())"
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], **options)
+    assert done.stdout.strip().startswith("normkit_callback_") and done.stdout.strip() != custom_call.target()
