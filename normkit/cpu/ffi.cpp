@@ -104,24 +104,6 @@ void on_threads_of_xla(void (*work)(void *), void *data, unsigned threads, unsig
     shared->finish();
 }
 
-Error *error(const CallFrame *frame, ErrorCode code, const char *message) {
-    ErrorArguments arguments{sizeof(ErrorArguments), nullptr, message, code};
-    return frame->api->create_error(&arguments);
-}
-
-bool is_metadata_query(const CallFrame *frame) { return frame->extension && frame->extension->type == METADATA; }
-
-Error *answer(const CallFrame *frame) {
-    Metadata *metadata = reinterpret_cast<MetadataExtension *>(frame->extension)->metadata;
-    metadata->version.major = MAJOR;
-    metadata->version.minor = MINOR;
-    metadata->traits = 0;
-    if (metadata->struct_size >= sizeof(Metadata)) {
-        metadata->state_type = 0;
-    }
-    return nullptr;
-}
-
 // Put the next buffer's address where a 1 says that there is one; whether the buffers are as many as there should be.
 bool fill_in(int64_t *pointers, int64_t count, const Buffers &buffers) {
     int64_t used = 0;

@@ -39,6 +39,7 @@ class Library(NamedTuple):
         levels: the levels of instructions there are.
         ffi_forward: forward as a handler of custom calls of XLA, whose address alone is of use.
         ffi_backward: the same.
+        ffi_callback: the handler of custom calls that come back to Python; see `normkit.vendors.custom_call`.
     """
 
     forward: Callable[[bytes], int]
@@ -47,6 +48,7 @@ class Library(NamedTuple):
     levels: tuple[int, ...]
     ffi_forward: Any
     ffi_backward: Any
+    ffi_callback: Any
 
 
 class Missing(NamedTuple):
@@ -64,7 +66,7 @@ def load() -> Library | Missing:
         library = ctypes.CDLL(str(LIBRARY))
         quick = ctypes.PyDLL(str(LIBRARY)).normkit_forward
         functions = library.normkit_forward, quick, library.normkit_backward
-        handlers = library.normkit_ffi_forward, library.normkit_ffi_backward
+        handlers = library.normkit_ffi_forward, library.normkit_ffi_backward, library.normkit_ffi_callback
         levels = library.normkit_levels()
         compiled_from = ctypes.CFUNCTYPE(ctypes.c_char_p)(("normkit_digest", library))()
     except (OSError, AttributeError) as error:

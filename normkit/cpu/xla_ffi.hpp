@@ -37,7 +37,7 @@ struct MetadataExtension {
 };
 
 struct Error;
-enum ErrorCode : int32_t { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, FAILED_PRECONDITION = 9 };
+enum ErrorCode : int32_t { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, FAILED_PRECONDITION = 9, INTERNAL = 13 };
 
 struct ErrorArguments {
     size_t struct_size;
@@ -117,5 +117,24 @@ struct CallFrame {
     Buffers operands, results;
     Attributes attributes;
 };
+
+inline Error *error(const CallFrame *frame, ErrorCode code, const char *message) {
+    ErrorArguments arguments{sizeof(ErrorArguments), nullptr, message, code};
+    return frame->api->create_error(&arguments);
+}
+
+inline bool is_metadata_query(const CallFrame *frame) { return frame->extension && frame->extension->type == METADATA; }
+
+// What a handler says of itself before it is ever called.
+inline Error *answer(const CallFrame *frame) {
+    Metadata *metadata = reinterpret_cast<MetadataExtension *>(frame->extension)->metadata;
+    metadata->version.major = MAJOR;
+    metadata->version.minor = MINOR;
+    metadata->traits = 0;
+    if (metadata->struct_size >= sizeof(Metadata)) {
+        metadata->state_type = 0;
+    }
+    return nullptr;
+}
 
 }  // namespace xla_ffi

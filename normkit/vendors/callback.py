@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from threading import Lock
 from typing import Any
+
+import numpy as np
 
 from ..arrays import Array, numpy_dtype
 from ..interface import Forward
 from ..spec import Problem
+from . import custom_call
 from .exchange import Compute, Given, Results
 from .guards import DEVICES
+
+_making = Lock()
 
 
 def forward(compute: Compute, problem: Problem, arrays: tuple[Array | None, ...], overwrites: bool) -> Forward:
@@ -25,54 +33,81 @@ def forward(compute: Compute, problem: Problem, arrays: tuple[Array | None, ...]
             donated or are not needed any more.
     """
     import jax
-    from jax.experimental.buffer_callback import buffer_callback
 
     x, residual, *parameters = arrays
-    overwrites = overwrites and residual is not None
     rows = [array for array in (x, residual) if array is not None]
     if problem.rows:
-        present = [array is not None for array in arrays]
-        call = buffer_callback(
-            _callback(compute, problem, present, overwrites),
-            [jax.ShapeDtypeStruct(problem.shape, numpy_dtype(problem.x_dtype)) for _ in rows],
-            input_output_aliases={0: 0, 1: 1} if overwrites else None,
-        )
+        present = tuple(array is not None for array in arrays)
+        shapes = [jax.ShapeDtypeStruct(problem.shape, numpy_dtype(problem.x_dtype)) for _ in rows]
+        aliases = {0: 0, 1: 1} if overwrites and residual is not None else {}
+        call = _call(compute, problem, present, shapes, aliases)
         rows = call(*rows, *(array for array in parameters if array is not None))
     return Forward(rows[0], None if residual is None else rows[1], None, None)
 
 
-def _callback(compute: Compute, problem: Problem, present: list[bool], overwrites: bool) -> Callable[..., None]:
-    """Return what the program calls, with its buffers for the results, and for those of the operands that are present."""
+def _call(
+    compute: Compute, problem: Problem, present: tuple[bool, ...], shapes: Sequence[Any], aliases: dict[int, int]
+) -> Callable[..., Any]:
+    """Return what puts the operators into the program."""
+    import jax
+
+    target = custom_call.target() if problem.platform == "cpu" else None
+    if target is None:
+        from jax.experimental.buffer_callback import buffer_callback
+
+        return buffer_callback(_callback(compute, problem, present), shapes, input_output_aliases=aliases)
+    with _making:
+        address = ctypes.cast(_function(compute, problem, present), ctypes.c_void_p).value
+    call = jax.ffi.ffi_call(target, shapes, input_output_aliases=aliases)
+
+    def with_address(*operands: Any) -> Any:
+        return call(*operands, function=np.array([address], np.int64))
+
+    return with_address
+
+
+# For ever, as long as which a program may last.
+@cache
+def _function(compute: Compute, problem: Problem, present: tuple[bool, ...]) -> Any:
+    """Return what the program's custom call calls."""
+    rows = custom_call.tensors_at(problem.x_dtype, (problem.rows, problem.hidden_size))
+    dtypes = [dtype for dtype in (problem.weight_dtype, problem.bias_dtype) if dtype]
+    parameters = [custom_call.tensors_at(dtype, problem.shape[-1:]) for dtype in dtypes]
+    results = [rows] * sum(present[:2])
+    return custom_call.function(_run(compute, problem, present), [*results, *parameters, *results])
+
+
+def _run(compute: Compute, problem: Problem, present: Sequence[bool]) -> Callable[..., None]:
+    """Return what computes from the tensors that there are, those of the operands and then those of the results."""
+    spec = problem.spec
+    _, adds, has_weight, has_bias = present
+
+    def run(*tensors: Any) -> None:
+        rest = iter(tensors)
+        given = Given(next(rest), *(next(rest) if there else None for there in (adds, has_weight, has_bias)))
+        compute(spec, given, Results(next(rest), next(rest, None)))
+
+    return run
+
+
+def _callback(compute: Compute, problem: Problem, present: Sequence[bool]) -> Callable[..., None]:
+    """Return what `buffer_callback` calls, with the program's buffers for the results, and those of the operands."""
     from torch.utils.dlpack import from_dlpack
 
     def from_capsule(buffer: Any) -> Any:
         return from_dlpack(buffer.__dlpack__())
 
-    kind, spec, flat = DEVICES[problem.platform], problem.spec, (problem.rows, problem.hidden_size)
+    kind, flat = DEVICES[problem.platform], (problem.rows, problem.hidden_size)
     # torch asks a buffer for its device, and a capsule for nothing; on a GPU it also has to say in which stream it works
     tensor = from_capsule if kind == "cpu" else from_dlpack
-    adds, has_weight, has_bias = present[1:]
-    is_flat = len(problem.shape) == 2
-
-    def rows_of(buffers: Sequence[Any]) -> list[Any]:
-        tensors = [tensor(buffer) for buffer in buffers]
-        return tensors if is_flat else [one.view(flat) for one in tensors]
-
-    def compute_from(results: Sequence[Any], buffers: Sequence[Any]) -> None:
-        out = rows_of(results)
-        # where the results overwrite x and residual, these are there already
-        rows = out if overwrites else rows_of(buffers[: len(out)])
-        weight = tensor(buffers[len(out)]) if has_weight else None
-        bias = tensor(buffers[-1]) if has_bias else None
-        given = Given(rows[0], rows[1] if adds else None, weight, bias)
-        compute(spec, given, Results(out[0], out[1] if adds else None))
+    compute_from = _run(compute, problem, present)
 
     def run(context: Any, results: Any, *buffers: Any) -> None:
-        if kind == "cpu":
-            compute_from(results, buffers)
-        else:
-            with _stream(kind, context, results[0]):
-                compute_from(results, buffers)
+        with nullcontext() if kind == "cpu" else _stream(kind, context, results[0]):
+            tensors = [tensor(buffer) for buffer in (*buffers, *results)]
+            for index in (*range(len(results)), *range(len(buffers), len(tensors))):
+                tensors[index] = tensors[index].view(flat)
+            compute_from(*tensors)
 
     return run
 

@@ -57,12 +57,16 @@ def _compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
         results = Results(operators.rms_norm(given.x, weight, spec.eps), None)
     else:
         add_norm = operators.add_rms_norm if spec.kind == "rms" else operators.add_layer_norm
-        in_place = out is not None and out.residual_out.data_ptr() == given.residual.data_ptr()
-        y = add_norm(given.residual, given.x, weight, given.bias, spec.eps, in_place)
+        residual = given.residual
+        in_place = out is not None and out.residual_out.data_ptr() == residual.data_ptr()
+        if out is not None and not in_place and spec.kind == "rms" and residual.dtype == torch.float32:
+            # which is faster than to add once more, and in 16 bits would round y otherwise
+            residual, in_place = out.residual_out.copy_(residual), True
+        y = add_norm(residual, given.x, weight, given.bias, spec.eps, in_place)
         if in_place:
-            results = Results(y, given.residual)
+            results = Results(y, residual)
         else:
-            results = Results(y, torch.add(given.x, given.residual, out=None if out is None else out.residual_out))
+            results = Results(y, torch.add(given.x, residual, out=None if out is None else out.residual_out))
     if out is None:
         return results
     out.y.copy_(results.y)
