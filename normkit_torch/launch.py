@@ -3,21 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normkit import plan
+from normkit.compile import operand_dtypes
+from normkit.errors import LaunchError
 from normkit.interface import Forward, Gradients, Rejected, Wanted
 from normkit.layout import RowStrides, row_layout
 from normkit.spec import Problem
 
-from .device import current
+from . import jit
 
 _PLATFORMS = ("cuda", "rocm", "xpu")
+
+# why calls with kernels like this one's are no longer accepted
+_failed: dict[Problem, str] = {}
 
 
 def supports(problem: Problem) -> Rejected | None:
@@ -26,7 +34,22 @@ def supports(problem: Problem) -> Rejected | None:
         return Rejected(f"Triton runs on {', '.join(_PLATFORMS)}, not on {problem.platform}")
     if not _has_triton():
         return Rejected("triton is not installed: pip install triton")
-    return plan.supports(problem)
+    failed = _failed.get(_with_its_kernels(problem)) if _failed else None
+    return plan.supports(problem) if failed is None else Rejected(failed)
+
+
+def _with_its_kernels(problem: Problem) -> Problem:
+    """Return the problem of one row: kernels are the same for any number of rows."""
+    return replace(problem, shape=problem.shape[-1:])
+
+
+@contextmanager
+def _remembering_failure(problem: Problem) -> Iterator[None]:
+    try:
+        yield
+    except LaunchError as error:
+        _failed[_with_its_kernels(problem)] = str(error)
+        raise
 
 
 @cache
@@ -63,11 +86,33 @@ def forward_into(
             tensor.copy_(rows)
 
 
+def launcher(problem: Problem, device: torch.device) -> Callable[[tuple[int, ...]], Callable[[], None]] | None:
+    """Return what binds the kernels to contiguous tensors, None while Triton interprets; see `normkit_torch.prepared.Bind`."""
+    step = plan.forward_plan(problem)
+    if jit.is_interpreted(jit.kernel_of(step)):
+        return None
+    arguments = _forward_arguments(problem, None, None, None, None, Forward(None, None, None, None))
+    dtypes = {
+        f"{name}_ptr": None if dtype is None else getattr(torch, dtype) for name, dtype in operand_dtypes(problem).items()
+    }
+    start = jit.prepare(step, dtypes, arguments, problem.rows * problem.hidden_size, device)
+    return partial(partial, start)
+
+
 def _launch_forward(
     problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
 ) -> None:
+    if problem.rows:
+        arguments = _forward_arguments(problem, x, residual, weight, bias, out)
+        with _remembering_failure(problem):
+            _launch(plan.forward_plan(problem), arguments)
+
+
+def _forward_arguments(
+    problem: Problem, x: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
+) -> dict[str, Any]:
     inner_rows, rows = _rows(problem, {"x": x, "residual": residual})
-    arguments = rows | {
+    return rows | {
         "weight_ptr": weight if weight is None else weight.contiguous(),
         "bias_ptr": bias if bias is None else bias.contiguous(),
         "y_ptr": out.y,
@@ -76,12 +121,9 @@ def _launch_forward(
         "rstd_ptr": out.rstd,
         "rows": problem.rows,
         "inner_rows": inner_rows,
-        "eps": problem.spec.eps,
-        "weight_offset": problem.spec.weight_offset,
+        "eps": float(problem.spec.eps),
+        "weight_offset": float(problem.spec.weight_offset),
     }
-    if problem.rows:
-        with current(x.device):
-            _launch(plan.forward_plan(problem), arguments)
 
 
 def backward(
@@ -113,9 +155,9 @@ def backward(
         "rows": problem.rows,
         "rows_per_program": planned.rows_per_program,
         "inner_rows": inner_rows,
-        "weight_offset": problem.spec.weight_offset,
+        "weight_offset": float(problem.spec.weight_offset),
     }
-    with current(h.device):
+    with _remembering_failure(problem):
         for step in planned.steps if problem.rows else ():
             _launch(step, arguments)
         dweight = _total(planned, dweight, problem.weight_dtype)
@@ -152,10 +194,15 @@ def _rows(problem: Problem, tensors: Mapping[str, Tensor | None]) -> tuple[int, 
     return inner_rows, arguments
 
 
-def _launch(step: plan.Step, arguments: Mapping[str, object]) -> None:
-    # imported here so that choosing an implementation never imports triton
-    from normkit import kernels
-
-    kernel = getattr(kernels, step.kernel)
-    given = {name: arguments[name] for name in kernel.arg_names if name not in step.constants}
-    kernel[step.grid](**given, **step.constants, num_warps=step.num_warps, enable_fp_fusion=True)
+def _launch(step: plan.Step, arguments: Mapping[str, Any]) -> None:
+    kernel = jit.kernel_of(step)
+    if jit.is_interpreted(kernel):
+        given = {name: arguments[name] for name in kernel.arg_names if name not in step.constants}
+        kernel[step.grid](**given, **step.constants)
+        return
+    tensors = {name: tensor for name, tensor in arguments.items() if name.endswith("_ptr")}
+    dtypes = {name: None if tensor is None else tensor.dtype for name, tensor in tensors.items()}
+    scalars = {name: value for name, value in arguments.items() if name not in tensors}
+    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors.values()])
+    largest = max((tensor for tensor in tensors.values() if tensor is not None), key=Tensor.numel)
+    jit.prepare(step, dtypes, scalars, largest.numel(), largest.device)(addresses)
