@@ -13,7 +13,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import itemgetter, or_
 from textwrap import shorten
 from types import SimpleNamespace
@@ -26,15 +26,11 @@ from normkit.plan import Step
 
 from . import device as devices
 
-Start = Callable[[tuple[int, ...]], None]
-"""Launches a step on the arrays at these addresses, 0 for what there is not."""
-
-# Triton knows of an address, and of an integer, whether it is a multiple of this
+# an address and an integer are specialised by whether they are multiples of this
 _ALIGNMENT = 16
-# kernels to keep; those forgotten are still compiled
-_MOST = 4096
+# kernels to keep, and compiled ones of each; what is forgotten is found again by Triton
+_MOST = 1024
 
-_compiled: dict[tuple[object, ...], _Compiled] = {}
 _compiling = threading.RLock()
 
 
@@ -62,79 +58,103 @@ class _Pointer:
         return self.size
 
 
-def prepare(
-    step: Step, dtypes: Mapping[str, torch.dtype | None], scalars: Mapping[str, Any], elements: int, device: torch.device
-) -> Start:
-    """Return what launches a step.
+class Kernel:
+    """A kernel on one device, for arrays of given dtypes; compiled for each alignment of them as that comes up.
 
     Args:
-        step: as planned.
+        step: as planned; the kernel is the same for any grid.
         dtypes: of the array behind each pointer argument, by the argument's name, in the order of the addresses; None for one
             that there is not.
-        scalars: the other run-time arguments, by name.
-        elements: of the largest array.
         device: where the arrays are, which need not be the current one; the stream is what is current there at each launch.
 
     Raises:
-        LaunchError: Triton could not be loaded, or has no driver; and each launch, if it could not compile or start the kernel.
+        LaunchError: Triton cannot be imported, or has no driver.
     """
-    kernel = kernel_of(step)
-    try:
-        number, current_device, current_stream = devices.lookups(device)
-    except _failures() as error:
-        raise _failed("find a driver for", step, error) from error
-    runtime = _runtime_knobs()
-    given = {**dict.fromkeys(dtypes), **scalars, **step.constants}
-    values = tuple([given[name] for name in kernel.arg_names])
-    places = {name: place for place, (name, dtype) in enumerate(dtypes.items()) if dtype is not None}
-    pick = itemgetter(*[places.get(name, index) for index, name in enumerate(kernel.arg_names, len(dtypes))])
-    grid = (*step.grid, 1, 1)[:3]
-    key = (number, step.kernel, step.num_warps, elements >> 29, *dtypes.values(), *_specialised(kernel, values))
-    options = {"num_warps": step.num_warps, "enable_fp_fusion": True}
-    ready: dict[tuple[bool, ...], _Compiled] = {}
 
-    def stand_ins(addresses: tuple[int, ...]) -> Any:
-        given = zip(addresses, dtypes.values(), strict=True)
-        return pick((*[dtype and _Pointer(dtype, address, elements * dtype.itemsize) for address, dtype in given], *values))
+    def __init__(self, step: Step, dtypes: Mapping[str, torch.dtype | None], device: torch.device) -> None:
+        self._kernel, self._device = kernel_of(step), device
+        try:
+            self._number, self._current_device, self._current_stream = devices.lookups(device)
+        except _failures() as error:
+            raise _failed("find a driver for", step, error) from error
+        self._runtime = _runtime_knobs()
+        self._step, self._dtypes = step, tuple(dtypes.values())
+        self._options = {"num_warps": step.num_warps, "enable_fp_fusion": True}
+        names = self._kernel.arg_names
+        self._scalars = [name for name in names if name not in dtypes and name not in step.constants]
+        absent = [name for name, dtype in dtypes.items() if dtype is None]
+        self._constants = (*step.constants.values(), *[None for _ in absent])
+        given = {name: place for place, name in enumerate((*dtypes, *self._scalars, *step.constants))}
+        given |= {name: len(given) + place for place, name in enumerate(absent)}
+        self._in_order = itemgetter(*[given[name] for name in names])
+        self._ready: dict[tuple[object, ...], _Compiled] = {}
 
-    def find(addresses: tuple[int, ...], alignment: tuple[bool, ...]) -> _Compiled:
-        with _compiling:
-            found = _compiled.get((key, alignment))
-            if found is None:
-                try:
-                    found = _loaded(kernel.warmup(*stand_ins(addresses), grid=grid, **options))
-                except _failures() as error:
-                    raise _failed("compile and load", step, error) from error
-                if len(_compiled) >= _MOST:
-                    _compiled.clear()
-                _compiled[key, alignment] = found
-        ready[alignment] = found
-        return found
+    def bind(self, grid: tuple[int, ...], scalars: Mapping[str, Any], elements: int) -> Callable[[tuple[int, ...]], None]:
+        """Return what launches the kernel on the arrays at given addresses, 0 for what there is not.
 
-    def launch(addresses: tuple[int, ...]) -> None:
+        It raises LaunchError if Triton could not compile, load or launch the kernel.
+
+        Args:
+            grid: number of programs along each axis.
+            scalars: the other run-time arguments, by name.
+            elements: of the largest array.
+        """
+        values = tuple([scalars[name] for name in self._scalars])
+        # floats are never specialised; of numbers of rows, and of sizes, only whether more bits are needed
+        unspecialised = self._kernel.do_not_specialize
+        facts: list[object] = [elements >> 29]
+        for name, value in zip(self._scalars, values, strict=True):
+            if not isinstance(value, float):
+                facts.append(value >> 31 if name in unspecialised else value)
+        return partial(self._launch, (*grid, 1, 1)[:3], values, tuple(facts), elements)
+
+    def _launch(
+        self,
+        grid: tuple[int, ...],
+        scalars: tuple[Any, ...],
+        facts: tuple[object, ...],
+        elements: int,
+        addresses: tuple[int, ...],
+    ) -> None:
+        if self._current_device() != self._number:
+            with devices.current(self._device):
+                return self._launch(grid, scalars, facts, elements, addresses)
         alignment = tuple([address % _ALIGNMENT > 0 for address in addresses]) if reduce(or_, addresses) % _ALIGNMENT else ()
-        found = ready.get(alignment) or find(addresses, alignment)
-        if _hooked(runtime):  # what a hook raises is its own, and after one that follows the kernel has run
-            kernel[grid](*stand_ins(addresses), **options)
-            return
+        found = self._ready.get((facts, alignment))
+        if found is None:
+            found = self._compile((facts, alignment), self._stand_ins(scalars, elements, addresses))
+        if _hooked(self._runtime):  # what a hook raises is its own, and after one that follows the kernel has run
+            self._kernel[grid](*self._stand_ins(scalars, elements, addresses), **self._options)
+            return None
         try:
             if found.run is None:
-                kernel[grid](*stand_ins(addresses), **options)
+                self._kernel[grid](*self._stand_ins(scalars, elements, addresses), **self._options)
             else:
-                # the last three: what hooks would be told, and the hooks
-                start = (*grid, current_stream(number), found.function, found.metadata, None, None, None)
-                found.run(*start, *pick(addresses + values))
+                # the last three are what hooks would be told, and the hooks
+                start = (*grid, self._current_stream(self._number), found.function, found.metadata, None, None, None)
+                found.run(*start, *self._in_order(addresses + scalars + self._constants))
         except _failures() as error:
-            raise _failed("launch", step, error) from error
+            raise _failed("launch", self._step, error) from error
+        return None
 
-    def on_the_device(addresses: tuple[int, ...]) -> None:
-        if current_device() == number:
-            launch(addresses)
-        else:
-            with devices.current(device):
-                launch(addresses)
+    def _stand_ins(self, scalars: tuple[Any, ...], elements: int, addresses: tuple[int, ...]) -> tuple[Any, ...]:
+        given = zip(addresses, self._dtypes, strict=True)
+        pointers = [dtype and _Pointer(dtype, address, elements * dtype.itemsize) for address, dtype in given]
+        arguments: tuple[Any, ...] = self._in_order((*pointers, *scalars, *self._constants))
+        return arguments
 
-    return on_the_device
+    def _compile(self, key: tuple[object, ...], arguments: tuple[Any, ...]) -> _Compiled:
+        with _compiling:
+            found = self._ready.get(key)
+            if found is None:
+                try:
+                    found = _loaded(self._kernel.warmup(*arguments, grid=(1,), **self._options))
+                except _failures() as error:
+                    raise _failed("compile and load", self._step, error) from error
+                if len(self._ready) >= _MOST:
+                    self._ready.clear()
+                self._ready[key] = found
+        return found
 
 
 def kernel_of(step: Step) -> Any:
@@ -155,16 +175,6 @@ def is_interpreted(kernel: object) -> bool:
     from triton import JITFunction
 
     return not isinstance(kernel, JITFunction)
-
-
-def _specialised(kernel: Any, values: tuple[Any, ...]) -> list[object]:
-    """Return what Triton may specialise a kernel by besides pointers: of a float nothing, of a number of rows its width."""
-    unspecialised = kernel.do_not_specialize
-    return [
-        value >> 31 if name in unspecialised else value
-        for name, value in zip(kernel.arg_names, values, strict=True)
-        if not isinstance(value, float)
-    ]
 
 
 def _loaded(kernel: Any) -> _Compiled:

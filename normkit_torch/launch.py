@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from normkit import plan
-from normkit.compile import operand_dtypes
+from normkit.compile import gradient_dtypes, operand_dtypes
 from normkit.errors import LaunchError
 from normkit.interface import Forward, Gradients, Rejected, Wanted
 from normkit.layout import RowStrides, row_layout
@@ -24,6 +24,11 @@ from . import jit
 
 _PLATFORMS = ("cuda", "rocm", "xpu")
 
+# kernels to keep; those forgotten are still compiled
+_MOST = 1024
+
+_kernels: dict[tuple[object, ...], jit.Kernel] = {}
+_backwards: dict[tuple[object, ...], _Ready] = {}
 # why calls with kernels like this one's are no longer accepted
 _failed: dict[Problem, str] = {}
 
@@ -92,10 +97,9 @@ def launcher(problem: Problem, device: torch.device) -> Callable[[tuple[int, ...
     if jit.is_interpreted(jit.kernel_of(step)):
         return None
     arguments = _forward_arguments(problem, None, None, None, None, Forward(None, None, None, None))
-    dtypes = {
-        f"{name}_ptr": None if dtype is None else getattr(torch, dtype) for name, dtype in operand_dtypes(problem).items()
-    }
-    start = jit.prepare(step, dtypes, arguments, problem.rows * problem.hidden_size, device)
+    start = _kernel(step, _pointers(operand_dtypes(problem)), device).bind(
+        step.grid, arguments, problem.rows * problem.hidden_size
+    )
     return partial(partial, start)
 
 
@@ -137,40 +141,92 @@ def backward(
     rstd: Tensor | None,
 ) -> Gradients:
     """Compute the gradients: dx, dresidual and partial sums in one or two launches, then the total of dweight and of dbias."""
-    planned = plan.backward_plan(problem, wanted)
-    dx = _new(h, problem.shape, problem.x_dtype if wanted.dx else None)
-    dresidual = _new(h, problem.shape, problem.residual_dtype if wanted.dresidual else None)
-    partial_shape = (planned.parts, problem.hidden_size)
-    dweight = _new(h, partial_shape, "float32" if wanted.dweight else None)
-    dbias = _new(h, partial_shape, "float32" if wanted.dbias else None)
-    inner_rows, rows = _rows(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h})
-    arguments = rows | {
-        "weight_ptr": weight if weight is None else weight.contiguous(),
-        "mean_ptr": mean,
-        "rstd_ptr": rstd,
-        "dx_ptr": dx,
-        "dresidual_ptr": dresidual,
-        "dweight_ptr": dweight,
-        "dbias_ptr": dbias,
+    with _remembering_failure(problem):
+        contiguous = problem.layout == "contiguous" and problem.rows
+        ready = _ready_backward(problem, wanted, dresidual_out is not None, h.device) if contiguous else None
+        planned = plan.backward_plan(problem, wanted) if ready is None else ready.planned
+        dx = _new(h, problem.shape, problem.x_dtype if wanted.dx else None)
+        dresidual = _new(h, problem.shape, problem.residual_dtype if wanted.dresidual else None)
+        partial_shape = (planned.parts, problem.hidden_size)
+        dweight = _new(h, partial_shape, "float32" if wanted.dweight else None)
+        dbias = _new(h, partial_shape, "float32" if wanted.dbias else None)
+        weight = weight if weight is None else weight.contiguous()
+        if ready is not None:
+            addresses = _addresses((dy, dresidual_out, h, weight, mean, rstd, dx, dresidual, dweight, dbias))
+            for start in ready.steps:
+                start(addresses)
+        elif problem.rows:
+            inner_rows, rows = _rows(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h})
+            arguments = rows | {"weight_ptr": weight, "mean_ptr": mean, "rstd_ptr": rstd, "dx_ptr": dx}
+            arguments |= {"dresidual_ptr": dresidual, "dweight_ptr": dweight, "dbias_ptr": dbias}
+            arguments |= _backward_scalars(problem, planned, inner_rows)
+            for step in planned.steps:
+                _launch(step, arguments)
+        dweight = _total(planned, ready, dweight, problem.weight_dtype)
+        dbias = _total(planned, ready, dbias, problem.bias_dtype)
+    return Gradients(dx, dresidual, dweight, dbias)
+
+
+class _Ready(NamedTuple):
+    """What is left to launch of a backward pass of contiguous rows, by addresses in the order of `gradient_dtypes`."""
+
+    planned: plan.BackwardPlan
+    steps: list[Callable[[tuple[int, ...]], None]]
+    totals: dict[str, Callable[[tuple[int, ...]], None]]
+
+
+def _ready_backward(problem: Problem, wanted: Wanted, has_stream: bool, device: torch.device) -> _Ready | None:
+    key = (problem, wanted, has_stream, device)
+    ready = _backwards.get(key)
+    if ready is None:
+        planned = plan.backward_plan(problem, wanted)
+        if jit.is_interpreted(jit.kernel_of(planned.total)):
+            return None
+        names = gradient_dtypes(problem, wanted) | ({} if has_stream else {"dresidual_out": None})
+        _, rows = _rows(problem, {"dy": None, "dresidual_out": None, "h": None})
+        scalars = rows | _backward_scalars(problem, planned, inner_rows=1)
+        elements = problem.rows * problem.hidden_size
+        steps = [_kernel(step, _pointers(names), device).bind(step.grid, scalars, elements) for step in planned.steps]
+        totals = {}
+        for dtype in (problem.weight_dtype, problem.bias_dtype):
+            if dtype is not None:
+                pointers = _pointers({"partial": "float32", "total": dtype})
+                kernel = _kernel(planned.total, pointers, device)
+                totals[dtype] = kernel.bind(
+                    planned.total.grid, {"programs": planned.parts}, planned.parts * problem.hidden_size
+                )
+        if len(_backwards) >= _MOST:
+            _backwards.clear()
+        ready = _backwards[key] = _Ready(planned, steps, totals)
+    return ready
+
+
+def _backward_scalars(problem: Problem, planned: plan.BackwardPlan, inner_rows: int) -> dict[str, Any]:
+    return {
         "rows": problem.rows,
         "rows_per_program": planned.rows_per_program,
         "inner_rows": inner_rows,
         "weight_offset": float(problem.spec.weight_offset),
     }
-    with _remembering_failure(problem):
-        for step in planned.steps if problem.rows else ():
-            _launch(step, arguments)
-        dweight = _total(planned, dweight, problem.weight_dtype)
-        dbias = _total(planned, dbias, problem.bias_dtype)
-    return Gradients(dx, dresidual, dweight, dbias)
 
 
-def _total(planned: plan.BackwardPlan, partial: Tensor | None, dtype: str | None) -> Tensor | None:
-    if partial is None:
+def _total(planned: plan.BackwardPlan, ready: _Ready | None, partial: Tensor | None, dtype: str | None) -> Tensor | None:
+    if partial is None or dtype is None:
         return None
-    total = _new(partial, (partial.shape[1],), dtype)
-    _launch(planned.total, {"partial_ptr": partial, "total_ptr": total, "programs": planned.parts})
+    total = partial.new_empty((partial.shape[1],), dtype=getattr(torch, dtype))
+    if ready is None:
+        _launch(planned.total, {"partial_ptr": partial, "total_ptr": total, "programs": planned.parts})
+    else:
+        ready.totals[dtype](_addresses((partial, total)))
     return total
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+def _pointers(dtypes: Mapping[str, str | None]) -> tuple[tuple[str, torch.dtype | None], ...]:
+    return tuple([(f"{name}_ptr", None if dtype is None else getattr(torch, dtype)) for name, dtype in dtypes.items()])
 
 
 def _new(like: Tensor, shape: tuple[int, ...], dtype: str | None) -> Tensor | None:
@@ -200,9 +256,18 @@ def _launch(step: plan.Step, arguments: Mapping[str, Any]) -> None:
         given = {name: arguments[name] for name in kernel.arg_names if name not in step.constants}
         kernel[step.grid](**given, **step.constants)
         return
-    tensors = {name: tensor for name, tensor in arguments.items() if name.endswith("_ptr")}
-    dtypes = {name: None if tensor is None else tensor.dtype for name, tensor in tensors.items()}
-    scalars = {name: value for name, value in arguments.items() if name not in tensors}
-    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors.values()])
-    largest = max((tensor for tensor in tensors.values() if tensor is not None), key=Tensor.numel)
-    jit.prepare(step, dtypes, scalars, largest.numel(), largest.device)(addresses)
+    tensors = [(name, arguments[name]) for name in kernel.arg_names if name.endswith("_ptr")]
+    dtypes = tuple([(name, None if tensor is None else tensor.dtype) for name, tensor in tensors])
+    addresses = _addresses([tensor for _, tensor in tensors])
+    largest = max([tensor for _, tensor in tensors if tensor is not None], key=Tensor.numel)
+    _kernel(step, dtypes, largest.device).bind(step.grid, arguments, largest.numel())(addresses)
+
+
+def _kernel(step: plan.Step, dtypes: tuple[tuple[str, torch.dtype | None], ...], device: torch.device) -> jit.Kernel:
+    key = (step.kernel, step.num_warps, *step.constants.values(), *dtypes, device)
+    found = _kernels.get(key)
+    if found is None:
+        if len(_kernels) >= _MOST:
+            _kernels.clear()
+        found = _kernels[key] = jit.Kernel(step, dict(dtypes), device)
+    return found

@@ -32,7 +32,7 @@ class FakeDriver:
         streams: the current stream of each device.
         tensors_on: the device that CPU tensors are said to be on.
         loaded: the devices that kernels were loaded on, in order.
-        fail: is called with "load" and "launch" before each, and may raise.
+        fail: is called before "driver" is asked for, and before each "load" and "launch", with that word, and may raise.
     """
 
     def __init__(self) -> None:
@@ -55,6 +55,7 @@ class FakeDriver:
         """Do what that of `normkit_torch.device` does."""
         from triton.runtime.driver import driver
 
+        self.fail("driver")
         return self.tensors_on, driver.active.get_current_device, driver.active.get_current_stream
 
 
@@ -65,11 +66,19 @@ def fake_driver(record: bool = True) -> Iterator[FakeDriver]:
     Args:
         record: whether launches are recorded, which takes its time.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
     from triton.runtime.driver import driver
 
     fake = FakeDriver()
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(driver, "_active", _driver(fake, record)))
+        stack.callback(_forget)
+        _say_that_tensors_are_there(stack, fake)
+        yield fake
+
+
+def _driver(fake: FakeDriver, record: bool) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
 
     class Launcher:
         def __init__(self, source: Any, metadata: Any) -> None:
@@ -77,17 +86,16 @@ def fake_driver(record: bool = True) -> Iterator[FakeDriver]:
 
         def __call__(self, x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
             assert function is not None
-            if not record:
-                return
-            about, enter, leave, *given = rest
-            fake.fail("launch")
-            if enter is not None:
-                enter(about)
-            arguments = dict(zip(self.function.arg_names, given, strict=True))
-            launch = FakeLaunch(self.function.__name__, (x, y, z), arguments, self.metadata, fake.device, stream)
-            fake.launches.append(launch)
-            if leave is not None:
-                leave(about)
+            if record:
+                about, enter, leave, *given = rest
+                if enter is not None:
+                    enter(about)
+                fake.fail("launch")
+                arguments = dict(zip(self.function.arg_names, given, strict=True))
+                launch = FakeLaunch(self.function.__name__, (x, y, z), arguments, self.metadata, fake.device, stream)
+                fake.launches.append(launch)
+                if leave is not None:
+                    leave(about)
 
     class Utilities:
         def load_binary(self, *arguments: Any) -> tuple[int, ...]:
@@ -118,9 +126,7 @@ def fake_driver(record: bool = True) -> Iterator[FakeDriver]:
             return fake.streams[device]
 
         def get_active_torch_device(self) -> Any:
-            import torch
-
-            return torch.device("cpu")
+            raise NotImplementedError
 
         def map_python_to_cpp_type(self, kind: str) -> str:
             return kind
@@ -128,22 +134,19 @@ def fake_driver(record: bool = True) -> Iterator[FakeDriver]:
         def get_benchmarker(self) -> Any:
             raise NotImplementedError
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(driver, "_active", Driver()))
-        stack.callback(_forget)
-        _say_that_tensors_are_there(stack, fake)
-        yield fake
+    return Driver()
 
 
 def _say_that_tensors_are_there(stack: ExitStack, fake: FakeDriver) -> None:
     """Replace what asks for real devices, and set aside what is kept from call to call."""
-    from normkit_torch import device, jit, launch, prepared
+    from normkit_torch import device, launch, prepared
 
     for module, name, value in (
         (device, "platform_of", lambda _: ("cuda", "sm_90")),
         (device, "lookups", fake.lookups),
         (device, "current", fake.current),
-        (jit, "_compiled", {}),
+        (launch, "_kernels", {}),
+        (launch, "_backwards", {}),
         (launch, "_failed", {}),
         (prepared, "_calls", {}),
     ):
