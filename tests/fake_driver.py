@@ -42,6 +42,14 @@ class FakeDriver:
         self.loaded: list[int] = []
         self.fail: Callable[[str], None] = lambda _: None
 
+    def move(self, device: int) -> None:
+        """Say that CPU tensors are on another device, and set aside what is known of the one before: they look the same."""
+        from normkit_torch import launch, prepared
+
+        self.tensors_on = device
+        for known in (prepared._calls, launch._kernels, launch._backwards):
+            known.clear()
+
     @contextmanager
     def current(self, _: Any) -> Iterator[None]:
         """Make the device that CPU tensors are said to be on the current one, as `torch.cuda.device` does."""
