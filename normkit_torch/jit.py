@@ -166,7 +166,7 @@ def kernel_of(step: Step) -> Any:
     try:
         from normkit import kernels  # not before a launch, so that choosing an implementation never imports triton
     except _failures() as error:
-        raise _failed("be imported for", step, error) from error
+        raise _failed("be imported to launch", step, error) from error
     return getattr(kernels, step.kernel)
 
 
