@@ -24,10 +24,14 @@ from . import jit
 
 _PLATFORMS = ("cuda", "rocm", "xpu")
 
-# kernels to keep; those forgotten are still compiled
+Start = Callable[[tuple[int, ...]], None]
+"""Launches on the arrays at these addresses, 0 for what there is not."""
+
+# kernels and calls to keep; those forgotten are still compiled
 _MOST = 1024
 
 _kernels: dict[tuple[object, ...], jit.Kernel] = {}
+_forwards: dict[tuple[Problem, torch.device], Start] = {}
 _backwards: dict[tuple[object, ...], _Ready] = {}
 # why calls with kernels like this one's are no longer accepted
 _failed: dict[Problem, str] = {}
@@ -93,23 +97,37 @@ def forward_into(
 
 def launcher(problem: Problem, device: torch.device) -> Callable[[tuple[int, ...]], Callable[[], None]] | None:
     """Return what binds the kernels to contiguous tensors, None while Triton interprets; see `normkit_torch.prepared.Bind`."""
-    step = plan.forward_plan(problem)
-    if jit.is_interpreted(jit.kernel_of(step)):
-        return None
-    arguments = _forward_arguments(problem, None, None, None, None, Forward(None, None, None, None))
-    start = _kernel(step, _pointers(operand_dtypes(problem)), device).bind(
-        step.grid, arguments, problem.rows * problem.hidden_size
-    )
-    return partial(partial, start)
+    start = _ready_forward(problem, device)
+    return None if start is None else partial(partial, start)
+
+
+def _ready_forward(problem: Problem, device: torch.device) -> Start | None:
+    """Return what launches a forward pass of contiguous rows, by addresses in the order of `operand_dtypes`."""
+    start = _forwards.get((problem, device))
+    if start is None:
+        step = plan.forward_plan(problem)
+        if jit.is_interpreted(jit.kernel_of(step)):
+            return None
+        scalars = _forward_arguments(problem, None, None, None, None, Forward(None, None, None, None))
+        kernel = _kernel(step, _pointers(operand_dtypes(problem)), device)
+        if len(_forwards) >= _MOST:
+            _forwards.clear()
+        start = _forwards[problem, device] = kernel.bind(step.grid, scalars, problem.rows * problem.hidden_size)
+    return start
 
 
 def _launch_forward(
     problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Forward
 ) -> None:
-    if problem.rows:
-        arguments = _forward_arguments(problem, x, residual, weight, bias, out)
-        with _remembering_failure(problem):
-            _launch(plan.forward_plan(problem), arguments)
+    if not problem.rows:
+        return
+    weight, bias = (tensor if tensor is None else tensor.contiguous() for tensor in (weight, bias))
+    with _remembering_failure(problem):
+        start = _ready_forward(problem, x.device) if problem.layout == "contiguous" else None
+        if start is None:
+            _launch(plan.forward_plan(problem), _forward_arguments(problem, x, residual, weight, bias, out))
+        else:
+            start(_addresses((x, residual, weight, bias, *out)))
 
 
 def _forward_arguments(
@@ -117,8 +135,8 @@ def _forward_arguments(
 ) -> dict[str, Any]:
     inner_rows, rows = _rows(problem, {"x": x, "residual": residual})
     return rows | {
-        "weight_ptr": weight if weight is None else weight.contiguous(),
-        "bias_ptr": bias if bias is None else bias.contiguous(),
+        "weight_ptr": weight,
+        "bias_ptr": bias,
         "y_ptr": out.y,
         "residual_out_ptr": out.residual_out,
         "mean_ptr": out.mean,
@@ -171,8 +189,8 @@ class _Ready(NamedTuple):
     """What is left to launch of a backward pass of contiguous rows, by addresses in the order of `gradient_dtypes`."""
 
     planned: plan.BackwardPlan
-    steps: list[Callable[[tuple[int, ...]], None]]
-    totals: dict[str, Callable[[tuple[int, ...]], None]]
+    steps: list[Start]
+    totals: dict[str, Start]
 
 
 def _ready_backward(problem: Problem, wanted: Wanted, has_stream: bool, device: torch.device) -> _Ready | None:
