@@ -4,8 +4,9 @@
     python -m benchmarks.launch --output benchmarks/results/launch.csv
 
 On a machine with a GPU this is the time until a call returns, with the GPU's queue emptied between calls every now and then,
-and torch's own operators beside it. Without one, a driver takes its place that compiles for sm_90 and launches nothing, so that
-all times are those of Python. All ways are timed in turn, as `normkit bench` does. Rows are few, so that no kernel is waited for.
+and torch's own operators beside it. Without one, a driver takes its place that compiles for sm_90 and launches nothing: all
+times are then those of Python. All ways are timed in turn, as `normkit bench` does, on few rows, so that no kernel is waited
+for.
 """
 
 from __future__ import annotations
@@ -68,9 +69,11 @@ def in_place(given: Tensors) -> dict[str, Call]:
     (problem,) = [ready.problem for alike in prepared._calls.values() for ready in alike if ready.in_place]
     compiled: Any = torch.compile(normkit_torch.add_rms_norm_, fullgraph=True, backend=_backend(given.x))
     tensors = given.x, given.residual, given.weight
+    options = ("add_rms_norm_", 1e-6, 0.0, None, None, None, None)
     return {
         JIT: _jit(plan.forward_plan(problem), launch._forward_arguments(problem, *tensors, None, out)),
         "add_rms_norm_": lambda: normkit_torch.add_rms_norm_(*tensors),
+        "its operator": lambda: torch.ops.normkit.norm_(*tensors, None, *options),
         "add_rms_norm_ in torch.compile": lambda: compiled(*tensors),
     }
 
