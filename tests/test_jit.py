@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from .fake_driver import DEVICE, OTHER_DEVICE, FakeDriver, FakeLaunch, compiled, fake_driver
+from .fake_driver import DEVICE, OTHER_DEVICE, FakeDriver, compiled
 
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")
@@ -19,8 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton launches nothing while it interprets", allow_module_level=True)
 
 import torch
-from torch import Tensor
-from triton import JITFunction, knobs
+from triton import JITFunction
 
 import normkit_torch
 from normkit import plan
@@ -28,105 +27,11 @@ from normkit.interface import Wanted
 from normkit.spec import NormSpec, Operand, describe
 from normkit_torch import jit, launch, prepared
 
-HIDDEN = 256
-BF16 = torch.bfloat16
-
-
-@pytest.fixture
-def driver(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "launch_cache"))
-    with fake_driver() as fake:
-        yield fake
-
-
-def rows(count: int, misaligned: bool = False, hidden: int = HIDDEN, dtype: torch.dtype = BF16) -> Tensor:
-    flat = torch.ones(count * hidden + 16, dtype=dtype)
-    start = -flat.data_ptr() % 16 // flat.itemsize + misaligned
-    return flat[start : start + count * hidden].view(count, hidden)
-
-
-def parameter(hidden: int = HIDDEN, misaligned: bool = False) -> Tensor:
-    return rows(1, misaligned, hidden)[0]
-
-
-def in_place(count: int = 8) -> None:
-    normkit_torch.add_rms_norm_(rows(count), rows(count), parameter())
-
-
-def functional(count: int = 8) -> None:
-    normkit_torch.add_layer_norm(rows(count), rows(count), parameter(), parameter())
-
-
-def into(count: int = 8) -> None:
-    normkit_torch.add_rms_norm(rows(count), rows(count), out=rows(count), residual_out=rows(count))
-
-
-def strided(count: int = 8) -> None:
-    normkit_torch.rms_norm(rows(count, hidden=HIDDEN + 16)[:, :HIDDEN], parameter())
-
-
-def gradient(count: int = 8, hidden: int = HIDDEN) -> None:
-    leaves = [rows(count, hidden=hidden).requires_grad_() for _ in range(2)] + [parameter(hidden).requires_grad_()]
-    y, residual_out = normkit_torch.add_rms_norm(*leaves)
-    cotangents = [rows(count, hidden=hidden) for _ in range(2)]
-    torch.autograd.grad((y, residual_out), leaves, cotangents)
-
-
-def long_gradient(count: int = 8) -> None:
-    gradient(count, hidden=20000)
-
-
-CALLS = (in_place, functional, into, strided, gradient, long_gradient)
-EACH = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+from .launch_calls import BF16, EACH, HIDDEN, functional, gradient, in_place, into, parameter, rows
 
 
 def not_asked(*_: Any, **__: Any) -> None:
     raise AssertionError("Triton is asked for a kernel again")
-
-
-def test_private_parts_of_triton_are_as_known(driver: FakeDriver) -> None:
-    """Where they are not, each launch goes through Triton's own, which takes longer; nothing else changes."""
-    assert jit._starts_as_known()
-    in_place()
-    (kernel,) = compiled()["forward_rows"]
-    assert callable(kernel.run) and kernel.function == 2 and kernel.packed_metadata
-    from normkit import kernels
-
-    assert "rows" in kernels.forward_rows.do_not_specialize
-
-
-@EACH
-def test_the_driver_is_told_what_triton_would_tell_it(
-    call: Callable[[], None], driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernels are the same objects, and all arguments but new memory are."""
-    told = []
-    original = JITFunction.run
-    for known in (True, False, True):
-        driver.move(DEVICE)
-        jit_launches: list[bool] = []
-
-        def noting(self: Any, *arguments: Any, seen: list[bool] = jit_launches, **options: Any) -> Any:
-            seen.append(not options["warmup"])
-            return original(self, *arguments, **options)
-
-        driver.launches.clear()
-        with monkeypatch.context() as patched:
-            patched.setattr(jit, "_starts_as_known", lambda known=known: known)
-            patched.setattr(JITFunction, "run", noting)
-            call()
-            call()
-        assert any(jit_launches) is not known
-        told.append([_comparable(one) for one in driver.launches])
-    assert told[0] == told[1] == told[2]
-
-
-def _comparable(launch: FakeLaunch) -> Any:
-    arguments = {}
-    for name, value in launch.arguments.items():
-        address = getattr(value, "address", value)
-        arguments[name] = (address is not None and address % 16) if name.endswith("_ptr") else value
-    return launch._replace(arguments=arguments)
 
 
 @EACH
@@ -227,58 +132,6 @@ def test_threads_at_once(driver: FakeDriver) -> None:
     assert len(compiled()["forward_rows"]) == len(driver.loaded) == 2
 
 
-@pytest.mark.parametrize("chain", [True, False])
-@EACH
-def test_launch_hooks_of_triton_are_called(
-    call: Callable[[], None], chain: bool, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-
-    def enter(about: Any) -> None:
-        seen.append(about.get()["name"])
-
-    def leave(_: Any) -> None:
-        seen.append(len(driver.launches))
-
-    for hooked in (False, True, True, False):
-        if chain:
-            (knobs.runtime.launch_enter_hook.add if hooked else knobs.runtime.launch_enter_hook.remove)(enter)
-            (knobs.runtime.launch_exit_hook.add if hooked else knobs.runtime.launch_exit_hook.remove)(leave)
-        else:
-            with monkeypatch.context() as patched:
-                if hooked:
-                    patched.setattr(knobs.runtime, "launch_enter_hook", enter)
-                    patched.setattr(knobs.runtime, "launch_exit_hook", leave)
-                _assert_hooked(call, hooked, driver, seen)
-            continue
-        _assert_hooked(call, hooked, driver, seen)
-
-
-def _assert_hooked(call: Callable[[], None], hooked: bool, driver: FakeDriver, seen: list[Any]) -> None:
-    seen.clear()
-    driver.launches.clear()
-    call()
-    expected = [about for number, launch in enumerate(driver.launches, 1) for about in (launch.kernel, number)]
-    assert seen == (expected if hooked else [])
-
-
-@pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
-@pytest.mark.filterwarnings("error")
-def test_what_a_hook_raises_is_no_failure_of_the_launch(
-    which: str, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: Any) -> None:
-        raise RuntimeError("the hook's own")
-
-    in_place()
-    monkeypatch.setattr(knobs.runtime, which, refuse)
-    for _ in range(2):
-        driver.launches.clear()
-        with pytest.raises(RuntimeError, match="the hook's own"):
-            in_place()
-        assert len(driver.launches) == (which == "launch_exit_hook")
-
-
 @pytest.mark.parametrize("call", [in_place, into, functional], ids=lambda call: call.__name__)
 def test_a_warm_call_does_nothing_in_torch_but_make_its_results(call: Callable[[], None], driver: FakeDriver) -> None:
     """So it can be captured in a CUDA graph: no copy, no waiting for the device, no memory besides."""
@@ -347,31 +200,6 @@ def test_kernels_that_are_forgotten_are_found_again(driver: FakeDriver, monkeypa
             gradient(4, hidden)
         assert len(launch._kernels) <= 2 and len(launch._backwards) <= 2
     assert len(driver.loaded) == sum(map(len, compiled().values()))
-
-
-@pytest.mark.parametrize("made", [None, object()])
-def test_what_triton_compiles_to_something_else_is_for_triton_to_launch(
-    made: object, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A cache hook of Triton's may compile elsewhere, and another version may return another thing."""
-    monkeypatch.setattr(JITFunction, "warmup", lambda *_, **__: made)
-    for _ in range(2):
-        in_place()
-    assert len(driver.launches) == 2
-
-
-def test_another_way_to_start_a_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.compiler import CompiledKernel
-
-    def renamed(self: Any, grid: Any) -> Any:
-        return lambda *given, stream: self.start(grid, stream, given)
-
-    def reordered(self: Any, grid: Any) -> Any:
-        return lambda *given, stream: self.run(*grid, self.function, stream, self.packed_metadata, None, None, None, *given)
-
-    for other in (renamed, reordered, lambda self, grid: lambda *_: None):
-        monkeypatch.setattr(CompiledKernel, "__getitem__", other)
-        assert not jit._starts_as_known.__wrapped__()
 
 
 def test_rows_that_change_find_their_kernels_in_order(driver: FakeDriver) -> None:

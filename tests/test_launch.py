@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
 from normkit.plan import MAX_PARTS
 
-from .fake_driver import FakeLaunch, compiled, fake_driver
+from .fake_driver import FakeDriver, FakeLaunch, compiled, fake_driver
 from .machine_code import Accesses, accesses
 
 pytest.importorskip("torch")
@@ -27,10 +26,8 @@ ROWS = (1, 2, 15, 16, 17, 4096, 4097)
 
 
 @pytest.fixture
-def launches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLaunch]]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "launch_cache"))
-    with fake_driver() as driver:
-        yield driver.launches
+def launches(driver: FakeDriver) -> list[FakeLaunch]:
+    return driver.launches
 
 
 def _rows(rows: int, dtype: torch.dtype = torch.bfloat16, hidden: int = HIDDEN) -> torch.Tensor:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from normkit.interface import Kernels
 from normkit.registry import Implementation
 from normkit.spec import NormSpec, Operand, Problem, describe
 
-from .fake_driver import FakeDriver, fake_driver
+from .fake_driver import FakeDriver
 
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")
@@ -26,7 +26,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 from torch import Tensor
-from triton import JITFunction
 from triton.runtime.errors import OutOfResources
 
 import normkit_torch
@@ -34,13 +33,6 @@ from normkit_torch import prepared
 
 HIDDEN = 64
 Tensors = tuple[Tensor, ...]
-
-
-@pytest.fixture
-def driver(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "failure_cache"))
-    with fake_driver() as fake:
-        yield fake
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -301,21 +293,3 @@ def test_an_implementation_that_fails_and_still_accepts_is_not_tried_for_ever(mo
     assert len(tried) == 1
     with pytest.raises(OptionError):
         registry.compute(problem, table, "refusin", run)
-
-
-def test_the_kernel_is_compiled_once_all_the_same(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure is remembered: nothing is compiled again at the next call."""
-    compilations: list[object] = []
-    original = JITFunction.warmup
-
-    def warmup(self: Any, *arguments: Any, **options: Any) -> Any:
-        compilations.append(self)
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(JITFunction, "warmup", warmup)
-    failing(driver, "load", RuntimeError("no"))
-    with pytest.warns(RuntimeWarning):
-        functional()
-    for _ in range(3):
-        functional()
-    assert len(compilations) == 1
