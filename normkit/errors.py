@@ -30,6 +30,13 @@ class MissingPackageError(UnsupportedError, ImportError):
     """Something that needs a package which is not installed; the message has the pip command."""
 
 
+class LaunchError(NormkitError, RuntimeError):
+    """Kernels that could not be compiled, loaded or launched, with the reason; nothing was written.
+
+    It is the cause of the UnsupportedError that an implementation asked for by name then raises.
+    """
+
+
 class CheckpointError(NormkitError, ValueError):
     """A checkpoint file that cannot be read."""
 

@@ -68,7 +68,10 @@ class Gradients(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The functions that an implementation's module offers. `forward_` is there only if it can compute in place."""
+    """The functions that an implementation's module offers. `forward_` is there only if it can compute in place.
+
+    One that cannot launch its kernels raises LaunchError before it has written anything, and then rejects problems like that.
+    """
 
     def supports(self, problem: Problem) -> Rejected | None:
         """Say why this problem cannot be computed, or None if it can. Imports nothing heavy, touches no device."""

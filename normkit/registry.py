@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import cast
+from typing import TypeVar, cast
 
-from .errors import OptionError, UnsupportedError
+from .errors import LaunchError, OptionError, UnsupportedError
 from .interface import Kernels
 from .spec import Problem
 
@@ -35,6 +36,7 @@ class Implementation:
 
 
 _import = cache(import_module)
+Computed = TypeVar("Computed")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,46 @@ def select(problem: Problem, table: Sequence[Implementation], implementation: st
             f"implementation=None would take {others[0] if others else 'none either'}"
         )
     return asked
+
+
+def compute(
+    problem: Problem, table: Sequence[Implementation], implementation: str | None, run: Callable[[Kernels], Computed]
+) -> tuple[Kernels, Computed]:
+    """Compute by the implementation asked for by name, or by the first that accepts the problem.
+
+    One that raises LaunchError has written nothing, and from then on rejects problems like this one with the reason. Without a
+    name the next one computes, and a RuntimeWarning says so.
+
+    Args:
+        problem: the call.
+        table: the implementations.
+        implementation: one by name.
+        run: computes by the functions of an implementation.
+
+    Returns:
+        The functions of the implementation that computed, and what `run` returned.
+
+    Raises:
+        OptionError: as `select`; so does UnsupportedError, also where the one asked for by name raises LaunchError.
+    """
+    chosen = select(problem, table, implementation)
+    while True:
+        kernels = chosen.load()
+        try:
+            return kernels, run(kernels)
+        except LaunchError as error:
+            failed, failure = chosen, error
+        try:
+            chosen = select(problem, table, implementation)
+        except UnsupportedError as error:
+            raise error from failure
+        if chosen is failed:
+            raise failure
+        warnings.warn(
+            f"{failure}; calls like this one are computed by {chosen.name} from now on, not by {failed.name}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def find(table: Sequence[Implementation], name: str) -> Implementation:

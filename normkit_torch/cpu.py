@@ -84,7 +84,7 @@ def forward_into(
         out.residual_out.copy_(residual_out)
 
 
-def launcher(problem: Problem) -> Callable[[tuple[int, ...]], Callable[[], None]]:
+def launcher(problem: Problem, _: torch.device) -> Callable[[tuple[int, ...]], Callable[[], None]]:
     """Return what binds the kernels to contiguous tensors; see `normkit_torch.prepared.Bind`."""
     return library.launcher(problem, torch.get_num_threads(), _OPENMP)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a torch device is: the one place that detects platform and architecture."""
+"""What a torch device is: the one place that detects platform and architecture, and asks for what is current."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -32,3 +33,16 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "xpu":
         return torch.xpu.device(device)
     return nullcontext()
+
+
+def lookups(device: torch.device) -> tuple[int, Callable[[], int], Callable[[int], int]]:
+    """Return a device's number, what returns the number of the current device, and what the current stream of one.
+
+    They are those of Triton's driver, which asks torch.
+
+    Raises:
+        RuntimeError: Triton has no driver here.
+    """
+    from triton.runtime.driver import driver
+
+    return device.index, driver.active.get_current_device, driver.active.get_current_stream

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,8 +81,7 @@ def forward(call: Call, needs_grad: bool) -> Forward:
     if made:
         return Forward(*made[:4])
     problem = problem_of(call, needs_grad)
-    kernels = registry.select(problem, TABLE, call.implementation).load()
-    computed = _forward(call, problem, kernels)
+    kernels, computed = registry.compute(problem, TABLE, call.implementation, partial(_forward, call, problem))
     prepared.keep(call, problem, kernels)
     return computed
 
@@ -92,13 +92,26 @@ def _forward(call: Call, problem: Problem, kernels: Kernels) -> Forward:
     return Forward(y.contiguous(), residual_out, *((mean, rstd) if problem.needs_grad else (None, None)))
 
 
-def forward_(call: Call) -> None:
-    """Choose an implementation and compute in place."""
+def forward_(call: Call, known_as: object = None) -> None:
+    """Choose an implementation and compute in place.
+
+    Args:
+        call: the arguments.
+        known_as: what calls like it are prepared by, as in `prepared.forward`; by default the function's name.
+    """
+    function, tensors, options = call.parts()
+    known_as = known_as or function
+    if prepared.forward(known_as, tensors, options):
+        return
     problem = problem_of(call, needs_grad=False)
     check_writes(call)
-    kernels = registry.select(problem, TABLE, call.implementation).load()
-    kernels.forward_(problem, call.x, call.residual, call.weight, call.bias)
-    prepared.keep(call, problem, kernels)
+    kernels, _ = registry.compute(
+        problem,
+        TABLE,
+        call.implementation,
+        lambda kernels: kernels.forward_(problem, call.x, call.residual, call.weight, call.bias),
+    )
+    prepared.keep(call, problem, kernels, known_as)
     _count_as_written(call.x, call.residual)
 
 
@@ -106,15 +119,20 @@ def forward_into(call: Call) -> Forward:
     """Choose an implementation and compute into the tensors given; what it cannot write there is copied."""
     problem = problem_of(call, needs_grad=False)
     check_writes(call)
-    kernels = registry.select(problem, TABLE, call.implementation).load()
+    kernels, computed = registry.compute(problem, TABLE, call.implementation, partial(_forward_into, call, problem))
+    if hasattr(kernels, "forward_into"):
+        prepared.keep(call, problem, kernels)
+        _count_as_written(*call.outputs.values())
+    return call.written(computed)
+
+
+def _forward_into(call: Call, problem: Problem, kernels: Kernels) -> Forward:
     if not hasattr(kernels, "forward_into"):
-        return call.written(_forward(call, problem, kernels))
+        return _forward(call, problem, kernels)
     x = call.x
     out = call.room(problem, lambda dtype: torch.empty(problem.shape, dtype=getattr(torch, dtype), device=x.device))
     kernels.forward_into(problem, x, call.residual, call.weight, call.bias, out)
-    prepared.keep(call, problem, kernels)
-    _count_as_written(*call.outputs.values())
-    return call.written(out)
+    return out
 
 
 def _count_as_written(*tensors: Any) -> None:
@@ -142,8 +160,12 @@ def backward(
     _check_saved(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h}, weight, mean, rstd)
     layout = layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
     problem = problem if layout == problem.layout else replace(problem, layout=layout)
-    kernels = registry.select(problem, TABLE, implementation).load()
-    gradients = kernels.backward(problem, wanted, dy, dresidual_out, h, weight, mean, rstd)
+    _, gradients = registry.compute(
+        problem,
+        TABLE,
+        implementation,
+        lambda kernels: kernels.backward(problem, wanted, dy, dresidual_out, h, weight, mean, rstd),
+    )
     return Gradients(*(None if gradient is None else gradient.contiguous() for gradient in gradients))
 
 

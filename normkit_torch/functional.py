@@ -101,7 +101,8 @@ def add_rms_norm(
       y = \frac{h}{\sqrt{\operatorname{mean}(h^2) + \text{eps}}} (\text{weight\_offset} + \text{weight}) + \text{bias}$$
 
     Inputs are never changed. Arithmetic is in float32 (in float64 as soon as a tensor is float64), rounded once at the end;
-    torch.autocast does not change that. Gradients, of any order, flow through both results to every tensor that asks.
+    torch.autocast changes neither that nor a dtype: y has x's. Gradients, of any order, flow through both results to every
+    tensor that asks.
 
     Args:
         x: tensor of shape (..., hidden_size); float32, bfloat16, float16 or float64; any strides.

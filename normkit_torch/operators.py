@@ -111,8 +111,11 @@ def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
     return None if dtype is None else like.new_empty(shape, dtype=getattr(torch, dtype))
 
 
-def _norm_in_place(*call: Any) -> None:
-    dispatch.forward_(_call(*call))
+def _norm_in_place(x: Tensor, residual: Tensor, *rest: Any) -> None:
+    call = _call(x, residual, *rest)
+    # what decides on what may be written to, and which the guard of a prepared call does not see below autograd
+    inference = torch.is_inference_mode_enabled(), x.is_inference(), residual.is_inference()
+    dispatch.forward_(call, (call.function, inference))
 
 
 def _norm_in_place_fake(*call: Any) -> None:

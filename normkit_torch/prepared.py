@@ -22,6 +22,7 @@ from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
 
 from normkit.call import Arrays, Call, Options
+from normkit.errors import LaunchError
 from normkit.spec import Problem
 
 Bind = Callable[[tuple[int, ...]], Callable[[], None]]
@@ -72,13 +73,14 @@ class Prepared:
     bind: Bind
 
 
-def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool = False) -> Results | None:
+def forward(known_as: object, tensors: Arrays, options: Options, needs_grad: bool = False) -> Results | None:
     """Compute a call that was prepared, in plain eager code or within an operator; None if there is none like it.
 
     One function, and some of it written out, because all that it does takes less time than a few calls.
 
     Args:
-        function: as in `normkit.call.Call`, whose arguments need not be right.
+        known_as: the function as in `normkit.call.Call`, whose arguments need not be right; with more where the guard sees too
+            little.
         tensors: those given.
         options: the others.
         needs_grad: whether the statistics are wanted.
@@ -88,7 +90,7 @@ def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool =
         return None
     types = type(residual), type(weight), type(bias), type(out), type(residual_out)
     try:
-        alike = _calls.get((function, options, needs_grad, x.shape, x.dtype, types, get_num_threads()))
+        alike = _calls.get((known_as, options, needs_grad, x.shape, x.dtype, types, get_num_threads()))
     except (TypeError, RuntimeError):  # an option that cannot be hashed is none that there is, and a nested x has no shape
         return None
     if not alike:
@@ -121,7 +123,11 @@ def forward(function: str, tensors: Arrays, options: Options, needs_grad: bool =
     launch = (ready.bound.get(addresses) or _bound(ready, addresses)) if ready.pairs else ready.bind(addresses)
     if launch is None:
         return None
-    launch()
+    try:
+        launch()
+    except LaunchError:  # it has written nothing, and the long way tries again, then says why and goes on
+        _calls.clear()
+        return None
     if ready.written:
         _increment_version(ready.written(tensors))
     return y, residual_out, mean, rstd, ready.problem
@@ -153,8 +159,8 @@ def _bound(ready: Prepared, addresses: tuple[int, ...]) -> Callable[[], None] | 
     return launch
 
 
-def keep(call: Call, problem: Problem, kernels: object) -> None:
-    """Keep what was chosen for a call, where the implementation can launch it again by itself."""
+def keep(call: Call, problem: Problem, kernels: object, known_as: object = None) -> None:
+    """Keep what was chosen for a call, where the implementation can launch it again by itself; `known_as` as in `forward`."""
     launcher = getattr(kernels, "launcher", None)
     function, tensors, options = call.parts()
     given = [tensor for tensor in tensors if tensor is not None]
@@ -164,6 +170,9 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
     in_place, dtype = problem.in_place, problem.residual_out_dtype
     if call.residual_out is not None and dtype is None:
         return  # x is copied there by other means than the kernel's
+    bind = launcher(problem, call.x.device)
+    if bind is None:
+        return
     written = [place for place in ((0, 1) if in_place else (4, 5)) if tensors[place] is not None]
     counted = [place for place in written if not tensors[place].is_inference()]
     layouts: dict[str, Any] = {
@@ -183,12 +192,12 @@ def keep(call: Call, problem: Problem, kernels: object) -> None:
         pairs=_pairs([0 if tensor is None else tensor.nbytes for tensor in tensors], written),
         bound={},
         written=_picking(counted) if counted else None,
-        bind=launcher(problem),
+        bind=bind,
     )
     if len(_calls) >= _MOST:
         _calls.clear()
     types = tuple(map(type, tensors[1:]))
-    key = (function, options, problem.needs_grad, call.x.shape, call.x.dtype, types, get_num_threads())
+    key = (known_as or function, options, problem.needs_grad, call.x.shape, call.x.dtype, types, get_num_threads())
     alike = _calls.setdefault(key, [])
     alike.insert(0, ready)
     del alike[_MOST_ALIKE:]

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-# Triton keeps compiled kernels by device; this one is nobody's, so that nothing stays behind for a real driver.
-DEVICE = -1
+# Triton keeps compiled kernels by device; these are nobody's, so that nothing stays behind for a real driver.
+DEVICE, OTHER_DEVICE = -1, -2
 
 
 class FakeLaunch(NamedTuple):
@@ -19,31 +19,96 @@ class FakeLaunch(NamedTuple):
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
     metadata: Any
+    device: int
+    stream: int
+
+
+class FakeDriver:
+    """What a driver's state would be.
+
+    Attributes:
+        launches: what was launched.
+        device: the current device.
+        streams: the current stream of each device.
+        tensors_on: the device that CPU tensors are said to be on.
+        loaded: the devices that kernels were loaded on, in order.
+        fail: is called before "driver" is asked for, and before each "load" and "launch", with that word, and may raise.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[FakeLaunch] = []
+        self.device = self.tensors_on = DEVICE
+        self.streams = {DEVICE: 0, OTHER_DEVICE: 0}
+        self.loaded: list[int] = []
+        self.fail: Callable[[str], None] = lambda _: None
+
+    def move(self, device: int) -> None:
+        """Say that CPU tensors are on another device, and set aside what is known of the one before: they look the same."""
+        from normkit_torch import launch, prepared
+
+        self.tensors_on = device
+        for known in (prepared._calls, launch._kernels, launch._forwards, launch._backwards):
+            known.clear()
+
+    @contextmanager
+    def current(self, _: Any) -> Iterator[None]:
+        """Make the device that CPU tensors are said to be on the current one, as `torch.cuda.device` does."""
+        before, self.device = self.device, self.tensors_on
+        try:
+            yield
+        finally:
+            self.device = before
+
+    def lookups(self, _: Any) -> tuple[int, Callable[[], int], Callable[[int], int]]:
+        """Do what that of `normkit_torch.device` does."""
+        from triton.runtime.driver import driver
+
+        self.fail("driver")
+        return self.tensors_on, driver.active.get_current_device, driver.active.get_current_stream
 
 
 @contextmanager
-def fake_driver() -> Iterator[list[FakeLaunch]]:
-    """Make CPU tensors' launches go to a fake driver, and say that they are on cuda; the launches are recorded."""
-    import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
+def fake_driver(record: bool = True) -> Iterator[FakeDriver]:
+    """Make CPU tensors' launches go to a fake driver, and say that they are on cuda.
+
+    Args:
+        record: whether launches are recorded, which takes its time.
+    """
     from triton.runtime.driver import driver
 
-    from normkit_torch import device
+    fake = FakeDriver()
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(driver, "_active", _driver(fake, record)))
+        stack.callback(_forget)
+        _say_that_tensors_are_there(stack, fake)
+        yield fake
 
-    launches: list[FakeLaunch] = []
+
+def _driver(fake: FakeDriver, record: bool) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
 
     class Launcher:
         def __init__(self, source: Any, metadata: Any) -> None:
             self.function, self.metadata = source.fn, metadata
 
-        def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
-            names = self.function.arg_names
-            arguments = dict(zip(names, rest[-len(names) :], strict=True))
-            launches.append(FakeLaunch(self.function.__name__, (x, y, z), arguments, self.metadata))
+        def __call__(self, x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
+            assert function is not None
+            if record:
+                about, enter, leave, *given = rest
+                if enter is not None:
+                    enter(about)
+                fake.fail("launch")
+                arguments = dict(zip(self.function.arg_names, given, strict=True))
+                launch = FakeLaunch(self.function.__name__, (x, y, z), arguments, self.metadata, fake.device, stream)
+                fake.launches.append(launch)
+                if leave is not None:
+                    leave(about)
 
     class Utilities:
-        def load_binary(self, *_: Any) -> tuple[int, ...]:
+        def load_binary(self, *arguments: Any) -> tuple[int, ...]:
+            fake.fail("load")
+            fake.loaded.append(arguments[-1])
             return 1, 2, 32, 0, 1024
 
         def get_device_properties(self, _: int) -> dict[str, int]:
@@ -63,13 +128,13 @@ def fake_driver() -> Iterator[list[FakeLaunch]]:
             return GPUTarget("cuda", 90, 32)
 
         def get_current_device(self) -> int:
-            return DEVICE
+            return fake.device
 
-        def get_current_stream(self, _: int) -> int:
-            return 0
+        def get_current_stream(self, device: int) -> int:
+            return fake.streams[device]
 
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
+        def get_active_torch_device(self) -> Any:
+            raise NotImplementedError
 
         def map_python_to_cpp_type(self, kind: str) -> str:
             return kind
@@ -77,22 +142,35 @@ def fake_driver() -> Iterator[list[FakeLaunch]]:
         def get_benchmarker(self) -> Any:
             raise NotImplementedError
 
-    with patch.object(driver, "_active", Driver()), patch.object(device, "platform_of", lambda _: ("cuda", "sm_90")):
-        try:
-            yield launches
-        finally:
-            _forget()
+    return Driver()
 
 
-def compiled() -> dict[str, list[Any]]:
+def _say_that_tensors_are_there(stack: ExitStack, fake: FakeDriver) -> None:
+    """Replace what asks for real devices, and set aside what is kept from call to call."""
+    from normkit_torch import device, launch, prepared
+
+    for module, name, value in (
+        (device, "platform_of", lambda _: ("cuda", "sm_90")),
+        (device, "lookups", fake.lookups),
+        (device, "current", fake.current),
+        (launch, "_kernels", {}),
+        (launch, "_forwards", {}),
+        (launch, "_backwards", {}),
+        (launch, "_failed", {}),
+        (prepared, "_calls", {}),
+    ):
+        stack.enter_context(patch.object(module, name, value))
+
+
+def compiled(device: int = DEVICE) -> dict[str, list[Any]]:
     """Return what was compiled for the fake driver, by kernel and in order."""
     from normkit import kernels
 
     functions = {name: getattr(kernels, name) for name in kernels.__all__}
     return {
-        name: list(function.device_caches[DEVICE][0].values())
+        name: list(function.device_caches[device][0].values())
         for name, function in functions.items()
-        if DEVICE in function.device_caches
+        if device in function.device_caches
     }
 
 
@@ -100,7 +178,8 @@ def _forget() -> None:
     """Drop every kernel, while there is a driver that can unload it."""
     from normkit import kernels
 
-    for name, found in compiled().items():
-        for kernel in found:
-            kernel.module = None
-        del getattr(kernels, name).device_caches[DEVICE]
+    for device in (DEVICE, OTHER_DEVICE):
+        for name, found in compiled(device).items():
+            for kernel in found:
+                kernel.module = None
+            del getattr(kernels, name).device_caches[device]

@@ -75,6 +75,28 @@ def test_jax_gpu_is_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "this is for a GPU" in capsys.readouterr().err
 
 
+def test_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton launches nothing while it interprets")
+    from benchmarks import launch
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    output = tmp_path / "results" / "launch.csv"
+    launch.main(["--output", str(output), "--seconds", "0.001", "--hidden-size", "64"])
+    with output.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(launch.COLUMNS)
+    for name in ("in-place", "forward", "backward"):
+        of = [row for row in rows if row["pass"] == name]
+        assert len(of) > 2 and of[0]["way"].startswith(launch.JIT) and of[0]["ratio_to_jit"] == "1.00"
+    for row in rows:
+        assert 0 < float(row["us_p20"]) <= float(row["us_median"]) <= float(row["us_p80"])
+        assert row["driver"] and row["triton"] and row["date"]
+    assert "of Triton's own" in capsys.readouterr().out
+
+
 def test_the_byte_model() -> None:
     """Worked out by hand for bfloat16: forward x, residual, y, residual_out; backward dy, h, dresidual_out, dx."""
     problem = Case("bytes", "rms", (1000, 100)).problem()

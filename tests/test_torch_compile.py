@@ -19,7 +19,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkit_torch
-from normkit_torch import FastLayerNorm, FastRMSNorm
+from normkit import registry
+from normkit_torch import FastLayerNorm, FastRMSNorm, prepared
 
 # inductor imports parts of torch that use torch.jit, which torch itself deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -250,3 +251,29 @@ def test_meta_tensors_in_place(kind: str) -> None:
     x, residual, weight, bias = (tensor.to("meta") for tensor in operands())
     y, residual_out = getattr(normkit_torch, f"add_{kind}_norm_")(x, residual, weight, bias)
     assert y is x and residual_out is residual
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_operator_prepares_its_calls_too(inference: bool) -> None:
+    """What runs in a compiled graph chooses once; versions are counted all the same, and inference mode is told apart."""
+    chosen = []
+    select = registry.select
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        chosen.append(arguments)
+        return select(*arguments, **options)
+
+    functional: Any = torch.compile(normkit_torch.add_rms_norm, fullgraph=True, backend="eager")
+    in_place: Any = torch.compile(normkit_torch.add_rms_norm_, fullgraph=True, backend="eager")
+    with pytest.MonkeyPatch.context() as patched, torch.inference_mode(inference):
+        patched.setattr(prepared, "_calls", {})
+        patched.setattr(registry, "select", noting)
+        for turn in range(3):
+            x, residual, weight, bias = operands()
+            expected = normkit_torch.add_rms_norm(x, residual, weight, bias, implementation="reference")
+            before = len(chosen)
+            results = *functional(x, residual, weight, bias), *in_place(x, residual, weight, bias)
+            assert len(chosen) - before == (0 if turn else 2)
+            for found, one in zip(results, expected * 2, strict=True):
+                torch.testing.assert_close(found, one)
+            assert inference or (x._version, residual._version) == (1, 1)

@@ -208,6 +208,29 @@ def test_autocast_changes_no_dtype_and_no_bit(kind: str, gradient: bool) -> None
 
 
 @KINDS
+def test_autocast_changes_nothing_in_place_written_compiled_or_backward(kind: str) -> None:
+    function = getattr(normkit_torch, f"add_{kind}_norm")
+    compiled: Any = torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    def results() -> list[Tensor]:
+        x, residual, weight, _ = (leaf.detach() for leaf in leaves(torch.float32))
+        x, out, residual_out = x.bfloat16(), torch.empty(3, 5, dtype=torch.bfloat16), torch.empty(3, 5)
+        made = [*function(x, residual, weight, out=out, residual_out=residual_out)]
+        made += getattr(normkit_torch, f"add_{kind}_norm_")(x.clone(), residual.clone(), weight)
+        given = [tensor.requires_grad_() for tensor in (x, residual, weight)]
+        for call in (function, compiled):
+            y, stream = call(*given)
+            made += [y.detach(), stream.detach(), *torch.autograd.grad((y, stream), given, (torch.ones_like(y), stream))]
+        return made
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            for found, one in zip(results(), expected, strict=True):
+                assert found.dtype == one.dtype and torch.equal(found, one)
+
+
+@KINDS
 @pytest.mark.parametrize("kernel", [False, True])
 def test_in_place_bumps_versions_so_that_autograd_notices(kind: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel:

@@ -31,7 +31,9 @@ def test_the_walk_is_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU tensor is passed off as one on a GPU, and a kernel counts as called when it is launched."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("triton")
-    from normkit_torch import FastRMSNorm, device, launch
+    from normkit_torch import FastRMSNorm, device
+
+    from .fake_driver import FakeLaunch, fake_driver
 
     called: list[str] = []
 
@@ -40,26 +42,29 @@ def test_the_walk_is_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
         if event == "call" and path.is_relative_to(ROOT):
             called.append(f"{path.relative_to(ROOT).as_posix()} {frame.f_code.co_qualname}")
 
-    def start(step: Any, arguments: dict[str, Any]) -> None:
-        forward = step.kernel.startswith("forward")
-        called.append(f"normkit/kernels/{'forward' if forward else 'backward'}.py {step.kernel}")
-        called.extend(["normkit/kernels/rows.py weighted"] if forward else [])
+    class Launches(list[FakeLaunch]):
+        def append(self, launch: FakeLaunch) -> None:
+            forward = launch.kernel.startswith("forward")
+            called.append(f"normkit/kernels/{'forward' if forward else 'backward'}.py {launch.kernel}")
+            called.extend(["normkit/kernels/rows.py weighted"] if forward else [])
 
     def platform_of(_: Any) -> tuple[str, str]:
         called.append("normkit_torch/device.py platform_of")
         return "cuda", "sm_90"
 
-    monkeypatch.setattr(device, "platform_of", platform_of)
-    monkeypatch.setattr(launch, "_launch", start)
     norm = FastRMSNorm(torch.ones(256, dtype=torch.bfloat16))
     x, residual = torch.ones(2, 4, 256, dtype=torch.bfloat16).requires_grad_().unbind()
     before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        normed, stream = norm(x, residual)
-        torch.autograd.backward([normed, stream], [torch.ones_like(normed), torch.ones_like(stream)])
-    finally:
-        sys.setprofile(before)
+    with fake_driver() as driver:
+        driver.launches = Launches()
+        monkeypatch.setattr(device, "platform_of", platform_of)
+        sys.setprofile(note)
+        try:
+            normed, stream = norm(x, residual)
+            torch.autograd.backward([normed, stream], [torch.ones_like(normed), torch.ones_like(stream)])
+        finally:
+            sys.setprofile(before)
+            monkeypatch.undo()
 
     position = 0
     for name in (name for step in steps() for name in step):
