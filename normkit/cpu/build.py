@@ -74,6 +74,7 @@ def build(extra: Sequence[str] = (), library: Path = LIBRARY) -> Path:
         ("kernels.cpp", (f'-DDIGEST="{digest()}"',)),
         ("threads.cpp", ()),
         ("ffi.cpp", ()),
+        ("prepared.cpp", ()),
     ]
     units += [("rows.cpp", (f"-DLEVEL={name}", *flags)) for name, flags in _LEVELS.items() if x86 or not flags]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
