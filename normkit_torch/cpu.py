@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.cpu import library
+from normkit.cpu import library, prepared
 from normkit.cpu.library import supports
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.layout import row_layout
 from normkit.spec import Problem
 
-__all__ = ["backward", "forward", "forward_", "forward_into", "launcher", "supports"]
+from .guarded import Run
+
+__all__ = ["backward", "forward", "forward_", "forward_into", "launcher", "runner", "supports"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,8 +87,13 @@ def forward_into(
 
 
 def launcher(problem: Problem, _: torch.device) -> Callable[[tuple[int, ...]], Callable[[], None]]:
-    """Return what binds the kernels to contiguous tensors; see `normkit_torch.prepared.Bind`."""
+    """Return what binds the kernels to contiguous tensors; see `normkit_torch.guarded.Bind`."""
     return library.launcher(problem, torch.get_num_threads(), _OPENMP)
+
+
+def runner(guarded: prepared.Guarded) -> Run | None:
+    """Return what computes a call like one before, compiled, where that can be."""
+    return prepared.compiled(guarded, torch.get_num_threads(), _OPENMP)
 
 
 def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Any], int, tuple[int, ...]]:

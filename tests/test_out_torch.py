@@ -35,6 +35,15 @@ def into(function: str, *tensors: Any) -> Any:
     return getattr(normkit_torch, function)(*given, out=out, residual_out=residual_out)
 
 
+def profiled() -> Any:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
+def allocations(profile: Any) -> list[str]:
+    """The operators that torch ran, and the memory that it took outside of them."""
+    return [event.name for event in profile.events() if event.name.startswith(("aten::", "[memory]"))]
+
+
 @pytest.mark.parametrize("function", FUNCTIONS[2:])
 def test_the_cpu_kernels_allocate_nothing(function: str, tensors: list[Any]) -> None:
     if not {v.name: v for v in normkit_torch.explain(function, *tensors[:4])}["cpu"].accepted:
@@ -42,13 +51,14 @@ def test_the_cpu_kernels_allocate_nothing(function: str, tensors: list[Any]) -> 
     strided = [torch.empty(4, 6, 48)[..., :24], torch.empty(4, 12, 24)[:, ::2]]
     for given in (tensors, [*tensors[:4], *strided]):
         addresses = [tensor.data_ptr() for tensor in given]
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with profiled() as profile:
             into(function, *given)
-        assert [event.name for event in profile.events() if event.name.startswith("aten::")] == []
+        assert allocations(profile) == []
         assert [tensor.data_ptr() for tensor in given] == addresses
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        getattr(normkit_torch, function)(*tensors[:4])
-    assert any(event.name.startswith("aten::empty") for event in profile.events()), "an allocation would have been seen"
+    for _ in range(2):  # the second call is a prepared one
+        with profiled() as profile:
+            results = getattr(normkit_torch, function)(*tensors[:4])
+        assert len(allocations(profile)) >= len(results), "allocations would have been seen"
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import normkit_torch
-from normkit_torch import prepared
+from normkit_torch import cpu, prepared
 
 from . import test_errors, test_errors_in_place, test_errors_out, test_out
 
@@ -35,9 +35,11 @@ if not {v.name: v for v in normkit_torch.explain("rms_norm", torch.ones(2, 8))}[
     pytest.skip("the cpu implementation does not run here", allow_module_level=True)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "_calls", {})
+@pytest.fixture(autouse=True, params=["compiled", "in Python"])
+def _nothing_prepared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared.forget()
+    if request.param == "in Python":
+        monkeypatch.setattr(cpu, "runner", lambda guarded: None)
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_the_second_call_chooses_nothing_and_gives_the_same_bits(
     function: str, dtypes: tuple[torch.dtype, ...], chosen: list[str]
 ) -> None:
     for copies_x, call in calls_of(function, dtypes):
-        prepared._calls.clear()
+        prepared.forget()
         chosen.clear()
         first, has_chosen = call(), list(chosen)
         assert has_chosen == ["cpu"] and bool(prepared._calls) != copies_x
@@ -180,7 +182,7 @@ def test_another_kind_of_operand_after_good_calls(function: str, operand: str, s
         return getattr(normkit_torch, function)(*test_errors.positional(function, tensors))
 
     found = outcome(call)
-    prepared._calls.clear()
+    prepared.forget()
     assert found == outcome(call)
 
 

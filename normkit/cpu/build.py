@@ -75,6 +75,7 @@ def build(extra: Sequence[str] = (), library: Path = LIBRARY) -> Path:
         ("threads.cpp", ()),
         ("ffi.cpp", ()),
         ("callback.cpp", ()),
+        ("prepared.cpp", ()),
     ]
     units += [("rows.cpp", (f"-DLEVEL={name}", *flags)) for name, flags in _LEVELS.items() if x86 or not flags]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

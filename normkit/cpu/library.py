@@ -36,6 +36,7 @@ class Library(NamedTuple):
         forward: takes the bytes of a struct and returns 0.
         quick_forward: the same, for which no other Python thread runs meanwhile: to let go of the interpreter takes its time.
         backward: as forward.
+        prepare: see `normkit.cpu.prepared`.
         levels: the levels of instructions there are.
         ffi_forward: forward as a handler of custom calls of XLA, whose address alone is of use.
         ffi_backward: the same.
@@ -45,6 +46,7 @@ class Library(NamedTuple):
     forward: Callable[[bytes], int]
     quick_forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
+    prepare: Callable[..., Any]
     levels: tuple[int, ...]
     ffi_forward: Any
     ffi_backward: Any
@@ -64,7 +66,8 @@ def load() -> Library | Missing:
         return Missing("its kernels are not compiled: install a C++ compiler, then python -m normkit.cpu.build")
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        quick = ctypes.PyDLL(str(LIBRARY)).normkit_forward
+        holding_python = ctypes.PyDLL(str(LIBRARY))
+        quick, prepare = holding_python.normkit_forward, holding_python.normkit_prepare
         functions = library.normkit_forward, quick, library.normkit_backward
         handlers = library.normkit_ffi_forward, library.normkit_ffi_backward, library.normkit_ffi_callback
         levels = library.normkit_levels()
@@ -77,7 +80,8 @@ def load() -> Library | Missing:
         )
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    return Library(*functions, tuple(level for level in range(levels.bit_length()) if levels >> level & 1), *handlers)
+    prepare.argtypes, prepare.restype = [ctypes.c_char_p] * 2 + [ctypes.py_object] * 5, ctypes.py_object
+    return Library(*functions, prepare, tuple(level for level in range(levels.bit_length()) if levels >> level & 1), *handlers)
 
 
 @cache
@@ -109,7 +113,7 @@ def forward(
 ) -> None:
     """Run the forward kernels; the arguments are those of `packed_forward`."""
     if problem.rows:
-        _check(_loaded().forward(packed_forward(problem, pointers, rows, inner_rows, threads, openmp, level)))
+        _check(loaded().forward(packed_forward(problem, pointers, rows, inner_rows, threads, openmp, level)))
 
 
 def packed_forward(
@@ -145,9 +149,9 @@ def launcher(
     problem: Problem, threads: int, openmp: tuple[int, int] = OWN_THREADS
 ) -> Callable[[tuple[int, ...]], Callable[[], None]]:
     """Return what binds the forward kernels to contiguous arrays, by their pointers; see `packed_forward`."""
-    rest = packed_forward(problem, (0,) * 8, (problem.hidden_size, 0) * 4, 1, threads, openmp)[_POINTERS.size :]
-    library, pack = _loaded(), _POINTERS.pack
-    run = library.quick_forward if problem.rows * problem.hidden_size < _QUICK else library.forward
+    rest = packed_without_pointers(problem, threads, openmp)[_POINTERS.size :]
+    library, pack = loaded(), _POINTERS.pack
+    run = library.quick_forward if is_quick(problem) else library.forward
 
     def bind(pointers: tuple[int, ...]) -> Callable[[], None]:
         packed = pack(*pointers) + rest
@@ -161,6 +165,16 @@ def launcher(
     return bind
 
 
+def packed_without_pointers(problem: Problem, threads: int, openmp: tuple[int, int] = OWN_THREADS) -> bytes:
+    """Return a forward call of contiguous rows, whose pointers, its first fields, are still to come; see `packed_forward`."""
+    return packed_forward(problem, (0,) * 8, (problem.hidden_size, 0) * 4, 1, threads, openmp)
+
+
+def is_quick(problem: Problem) -> bool:
+    """Whether a call is done in some ten microseconds, so that to let go of the interpreter takes longer than it is worth."""
+    return problem.rows * problem.hidden_size < _QUICK
+
+
 def backward(
     problem: Problem,
     pointers: Sequence[int],
@@ -171,7 +185,7 @@ def backward(
     level: int = FASTEST,
 ) -> None:
     """Run the backward kernels; the arguments are those of `packed_backward`."""
-    _check(_loaded().backward(packed_backward(problem, pointers, rows, inner_rows, threads, openmp, level)))
+    _check(loaded().backward(packed_backward(problem, pointers, rows, inner_rows, threads, openmp, level)))
 
 
 def packed_backward(
@@ -202,9 +216,10 @@ def packed_backward(
     )  # fmt: skip
 
 
-def _loaded() -> Library:
+def loaded() -> Library:
+    """Return the kernels, after `supports` has accepted."""
     library = load()
-    assert isinstance(library, Library)  # supports has accepted
+    assert isinstance(library, Library)
     return library
 
 

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// A call of PyTorch like one before, from its tensors to its results: what normkit_torch/guarded.py does, at less cost.
+#include <cstring>
+#include <initializer_list>
+#include <new>
+
+#include "arguments.hpp"
+#include "python.hpp"
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED int normkit_forward(const Forward *);
+
+namespace {
+
+constexpr int GIVEN = 6, RESULTS = 4, POINTERS = 8, PAIRS_AT_MOST = 9;
+
+// As normkit/cpu/prepared.py packs it, where the fields are explained.
+struct Layout {
+    int64_t present;                               // bit n: whether tensor n is given
+    int64_t results[RESULTS], pointers[POINTERS];  // from 1 among the tensors given and those made, or 0
+    int64_t written, releases;                     // bit n: whether tensor n is counted as written; whether other threads may run
+    int64_t pairs;
+    struct {
+        int64_t one, size, other, other_size;
+    } pair[PAIRS_AT_MOST];
+};
+
+struct Prepared {
+    Layout layout;
+    Forward call;
+    Object *fits, *address_of, *count_as_written, *make, *problem, *is_nested;
+};
+
+constexpr const char *NAME = "normkit.prepared";
+
+void destroy(Object *capsule) {
+    auto ready = static_cast<Prepared *>(PyCapsule_GetPointer(capsule, NAME));
+    for (Object *object : {ready->fits, ready->address_of, ready->count_as_written, ready->make, ready->problem, ready->is_nested}) {
+        Py_DecRef(object);
+    }
+    delete ready;
+}
+
+// The tensors of a call, and where they are; the first is none.
+struct Arrays {
+    Object *array[1 + GIVEN + RESULTS] = {&_Py_NoneStruct};
+    void *address[1 + GIVEN + RESULTS] = {};
+    int count = 1;
+
+    bool add(const Prepared &ready, Object *tensor) {
+        array[count] = tensor;
+        Owned number(PyObject_Vectorcall(ready.address_of, &tensor, 1, nullptr));
+        if (!number) {
+            return false;
+        }
+        address[count++] = PyLong_AsVoidPtr(number);
+        return !PyErr_Occurred();
+    }
+};
+
+enum class Answer { YES, NO, ERROR };
+
+// Whether the tensors are like those of the call that was prepared. Those given are put together.
+Answer is_alike(const Prepared &ready, Object *tensors, Object **given, int &count) {
+    for (int place = 0; place < GIVEN; ++place) {
+        Object *tensor = PyTuple_GetItem(tensors, place);
+        bool is_given = tensor != &_Py_NoneStruct;
+        if (is_given != bool(ready.layout.present >> place & 1)) {
+            return Answer::NO;
+        }
+        if (is_given) {
+            // a nested tensor has no strides, and to look for them the guard would end the process
+            Owned nested(PyObject_GetAttr(tensor, ready.is_nested));
+            if (nested != &_Py_FalseStruct) {
+                PyErr_Clear();
+                return Answer::NO;
+            }
+            given[count++] = tensor;
+        }
+    }
+    Owned alike(PyObject_Vectorcall(ready.fits, given, count, nullptr));
+    return !alike ? Answer::ERROR : alike == &_Py_TrueStruct ? Answer::YES : Answer::NO;
+}
+
+bool overlap(const Layout &layout, void *const *pointers) {
+    for (int64_t index = 0; index < layout.pairs; ++index) {
+        auto &pair = layout.pair[index];
+        auto one = static_cast<char *>(pointers[pair.one]), other = static_cast<char *>(pointers[pair.other]);
+        if (one < other + pair.other_size && other < one + pair.size) {
+            return true;
+        }
+    }
+    return false;
+}
+
+int compute(const Prepared &ready, void *const *pointers) {
+    Forward call = ready.call;
+    std::memcpy(&call, pointers, POINTERS * sizeof *pointers);
+    if (!ready.layout.releases) {
+        return normkit_forward(&call);
+    }
+    void *thread = PyEval_SaveThread();
+    int status = normkit_forward(&call);
+    PyEval_RestoreThread(thread);
+    return status;
+}
+
+bool count_as_written(const Prepared &ready, Object *tensors) {
+    if (!ready.layout.written) {
+        return true;
+    }
+    Object *written[GIVEN];
+    int count = 0;
+    for (int place = 0; place < GIVEN; ++place) {
+        if (ready.layout.written >> place & 1) {
+            written[count++] = PyTuple_GetItem(tensors, place);
+        }
+    }
+    Owned all(PyTuple_New(count));
+    for (int index = 0; all && index < count; ++index) {
+        PyTuple_SetItem(all, index, with_reference(written[index]));
+    }
+    Object *argument = all;
+    return all && Owned(PyObject_Vectorcall(ready.count_as_written, &argument, 1, nullptr));
+}
+
+// The results and the problem; None if the tensors are not alike, or would be written to in two places.
+Object *run(Object *self, Object *tensors) {
+    const Prepared &ready = *static_cast<Prepared *>(PyCapsule_GetPointer(self, NAME));
+    Object *given[GIVEN];
+    int count = 0;
+    switch (is_alike(ready, tensors, given, count)) {
+    case Answer::NO:
+        return none();
+    case Answer::ERROR:
+        return nullptr;
+    case Answer::YES:
+        break;
+    }
+    Arrays arrays;
+    for (int index = 0; index < count; ++index) {
+        if (!arrays.add(ready, given[index])) {
+            return nullptr;
+        }
+    }
+    Owned made[RESULTS];
+    for (int index = 0; index < PyTuple_Size(ready.make); ++index) {
+        made[index] = Owned(PyObject_Vectorcall(PyTuple_GetItem(ready.make, index), nullptr, 0, nullptr));
+        if (!made[index] || !arrays.add(ready, made[index])) {
+            return nullptr;
+        }
+    }
+    void *pointers[POINTERS];
+    for (int index = 0; index < POINTERS; ++index) {
+        pointers[index] = arrays.address[ready.layout.pointers[index]];
+    }
+    if (overlap(ready.layout, pointers)) {
+        return none();
+    }
+    if (compute(ready, pointers)) {
+        return PyErr_NoMemory();
+    }
+    Owned results(count_as_written(ready, tensors) ? PyTuple_New(RESULTS + 1) : nullptr);
+    for (int index = 0; results && index < RESULTS; ++index) {
+        PyTuple_SetItem(results, index, with_reference(arrays.array[ready.layout.results[index]]));
+    }
+    if (results) {
+        PyTuple_SetItem(results, RESULTS, with_reference(ready.problem));
+    }
+    return results.released();
+}
+
+MethodDefinition definition = {"prepared", run, ONE_ARGUMENT, nullptr};
+
+}  // namespace
+
+// Return a function of six tensors, some of which may be None; null without an error if this Python lacks what is needed.
+EXPORTED Object *normkit_prepare(
+    const char *layout, const char *call, Object *fits, Object *address_of, Object *count_as_written, Object *make, Object *problem) {
+    auto ready = new (std::nothrow) Prepared;
+    if (!ready) {
+        return PyErr_NoMemory();
+    }
+    std::memcpy(&ready->layout, layout, sizeof ready->layout);
+    std::memcpy(&ready->call, call, sizeof ready->call);
+    ready->fits = with_reference(fits);
+    ready->address_of = with_reference(address_of);
+    ready->count_as_written = with_reference(count_as_written);
+    ready->make = with_reference(make);
+    ready->problem = with_reference(problem);
+    ready->is_nested = PyUnicode_InternFromString("is_nested");
+    Owned capsule(PyCapsule_New(ready, NAME, destroy));
+    return capsule ? PyCFunction_NewEx(&definition, capsule, nullptr) : nullptr;
+}
