@@ -137,6 +137,9 @@ def shape_of(name: str, step: plan.Step, code: CompiledKernel, problem: Problem,
         shape = problem.shape[:-1]
     elif name in ("weight", "bias", "total"):
         shape = problem.shape[-1:]
+    elif name in ("x_hat_g", "g"):
+        assert wanted
+        shape = (problem.rows, plan.backward_plan(problem, wanted).blocks)
     elif name in ("dweight", "dbias", "partial"):
         assert wanted
         shape = (plan.backward_plan(problem, wanted).parts, problem.hidden_size)
