@@ -66,7 +66,7 @@ def in_place(given: Tensors) -> dict[str, Call]:
     """Return the ways to add and normalise in place."""
     normkit_torch.add_rms_norm_(given.x, given.residual, given.weight, implementation="triton")
     out = Forward(given.x, given.residual, None, None)
-    (problem,) = [ready.problem for alike in prepared._calls.values() for ready in alike if ready.in_place]
+    (problem,) = [ready.problem for alike in prepared._calls.values() for ready in alike if ready.problem.in_place]
     compiled: Any = torch.compile(normkit_torch.add_rms_norm_, fullgraph=True, backend=_backend(given.x))
     tensors = given.x, given.residual, given.weight
     options = ("add_rms_norm_", 1e-6, 0.0, None, None, None, None)
@@ -82,7 +82,7 @@ def forward(given: Tensors) -> dict[str, Call]:
     """Return the ways to add and normalise, with results in memory of their own."""
     tensors = given.x, given.residual, given.weight
     normkit_torch.add_rms_norm(*tensors, implementation="triton")
-    (problem,) = [ready.problem for alike in prepared._calls.values() for ready in alike if not ready.in_place]
+    (problem,) = [ready.problem for alike in prepared._calls.values() for ready in alike if not ready.problem.in_place]
     out = Forward(given.y, given.residual_out, None, None)
     own = _jit(plan.forward_plan(problem), launch._forward_arguments(problem, *tensors, None, out))
     compiled: Any = torch.compile(normkit_torch.add_rms_norm, fullgraph=True, backend=_backend(given.x))

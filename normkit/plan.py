@@ -180,14 +180,14 @@ def _long_backward_plan(problem: Problem, wanted: Wanted, constants: dict[str, i
     shape: dict[str, int | str | bool] = {"BLOCK_M": rows, "BLOCK_N": columns}
     # the second axis of a CUDA grid has at most 65535 programs
     registers = BACKWARD_REGISTERS["backward_columns"]
-    steps = (_step(problem, "backward_columns", (blocks, parts), constants | shape, ELEMENTS_EACH, registers),)
+    sums = _step(problem, "backward_columns", (blocks, parts), constants | shape, ELEMENTS_EACH, registers)
     if not wanted.dx and not wanted.dresidual:
-        return BackwardPlan(parts, rows_per_program, 0, steps, _total_step(problem))
+        return BackwardPlan(parts, rows_per_program, 0, (sums,), _total_step(problem))
     shape = {"BLOCKS": blocks, "BLOCK_N": LONG_BACKWARD_BLOCK}
     grid = (problem.rows * _ceil(problem.hidden_size, LONG_BACKWARD_BLOCK),)
     registers = BACKWARD_REGISTERS["backward_long"]
-    steps += (_step(problem, "backward_long", grid, constants | shape, ELEMENTS_EACH, registers),)
-    return BackwardPlan(parts, rows_per_program, blocks, steps, _total_step(problem))
+    dh = _step(problem, "backward_long", grid, constants | shape, ELEMENTS_EACH, registers)
+    return BackwardPlan(parts, rows_per_program, blocks, (sums, dh), _total_step(problem))
 
 
 def _parts(problem: Problem, rows: int, columns: int, blocks: int = 1) -> tuple[int, int]:

@@ -39,11 +39,13 @@ class Prepared(NamedTuple):
         threads: how many torch had when it was prepared.
         requires_grad: whether one of its tensors asks for a gradient.
         run: what is left to do.
+        problem: the call, as it was described then.
     """
 
     threads: int
     requires_grad: bool
     run: Run
+    problem: Problem
 
 
 _calls: dict[tuple[object, ...], list[Prepared]] = {}
@@ -67,7 +69,7 @@ def forward(known_as: object, tensors: Arrays, options: Options, needs_grad: boo
         return None
     if ready is None:
         return None
-    threads, requires_grad, run = ready
+    threads, requires_grad, run, _ = ready
     try:
         if threads == get_num_threads() and (not requires_grad or needs_grad or not is_grad_enabled()):
             made = run(tensors)
@@ -89,7 +91,7 @@ def _search(known_as: object, tensors: Arrays, options: Options, needs_grad: boo
     except (AttributeError, RuntimeError):  # what is no tensor has no shape, nor has a nested one
         return None
     for ready in alike or ():
-        threads, requires_grad, run = ready
+        threads, requires_grad, run, _ = ready
         fits_now = threads == get_num_threads() and (not requires_grad or needs_grad or not is_grad_enabled())
         made = run(tensors) if fits_now else None
         if made is not None:
@@ -113,7 +115,7 @@ def keep(call: Call, problem: Problem, kernels: object, known_as: object = None)
         return
     guarded = _guarded(problem, tensors)
     run = (runner(guarded) if runner else None) or in_python(guarded, bind)
-    ready = Prepared(get_num_threads(), any(tensor.requires_grad for tensor in given), run)
+    ready = Prepared(get_num_threads(), any(tensor.requires_grad for tensor in given), run, problem)
     if len(_calls) >= _MOST:
         forget()
     known = known_as or function, options, problem.needs_grad
