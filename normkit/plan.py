@@ -180,7 +180,9 @@ def _long_backward_plan(problem: Problem, wanted: Wanted, constants: dict[str, i
     shape: dict[str, int | str | bool] = {"BLOCK_M": rows, "BLOCK_N": columns}
     # the second axis of a CUDA grid has at most 65535 programs
     registers = BACKWARD_REGISTERS["backward_columns"]
-    steps = (_step(problem, "backward_columns", (blocks, parts), constants | shape, ELEMENTS_EACH, registers),)
+    steps: tuple[Step, ...] = (
+        _step(problem, "backward_columns", (blocks, parts), constants | shape, ELEMENTS_EACH, registers),
+    )
     if not wanted.dx and not wanted.dresidual:
         return BackwardPlan(parts, rows_per_program, 0, steps, _total_step(problem))
     shape = {"BLOCKS": blocks, "BLOCK_N": LONG_BACKWARD_BLOCK}
