@@ -27,7 +27,7 @@ from torch import Tensor
 import normkit_torch
 from normkit import plan
 from normkit.bench import circumstances
-from normkit.bench.measure import Times, interleaved
+from normkit.bench.measure import Times, by_clock, interleaved
 from normkit.interface import Forward, Wanted
 from normkit.spec import Problem
 from normkit_torch import launch, prepared
@@ -165,12 +165,12 @@ def measured(rows: int, hidden_size: int, seconds: float, device: str) -> dict[s
     """Return the times by pass and way."""
     found = {}
     for name, ways in (("in-place", in_place), ("forward", forward), ("backward", backward)):
-        prepared._calls.clear()
+        prepared.forget()
         given = Tensors(rows, hidden_size, device)
         contestants: dict[str, Any] = {way: partial(_again, call, device) for way, call in ways(given).items()}
         if name == "in-place":
             contestants |= unseen(given)
-        found[name] = interleaved(contestants, seconds)
+        found[name] = interleaved({way: by_clock(ready) for way, ready in contestants.items()}, seconds)
     return found
 
 

@@ -47,7 +47,7 @@ class FakeDriver:
         from normkit_torch import launch, prepared
 
         self.tensors_on = device
-        for known in (prepared._calls, launch._kernels, launch._forwards, launch._backwards):
+        for known in (prepared._calls, prepared._latest, launch._kernels, launch._forwards, launch._backwards):
             known.clear()
 
     @contextmanager
@@ -158,6 +158,7 @@ def _say_that_tensors_are_there(stack: ExitStack, fake: FakeDriver) -> None:
         (launch, "_backwards", {}),
         (launch, "_failed", {}),
         (prepared, "_calls", {}),
+        (prepared, "_latest", {}),
     ):
         stack.enter_context(patch.object(module, name, value))
 

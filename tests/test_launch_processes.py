@@ -88,7 +88,8 @@ def test_processes_at_once_with_one_empty_cache(processes: list[subprocess.Popen
     assert [process.returncode for process in processes[:-1]] == [0] * 3, outputs
     launches = [launched for launched, _ in results]
     assert launches[0] == launches[1] == launches[2] and len(launches[0]) == 4
-    assert max(compiled for _, compiled in results) == 4
+    # each has some of what another compiled meanwhile, or compiles it too
+    assert max(compiled for _, compiled in results) <= 4 <= sum(compiled for _, compiled in results)
     # the last one starts when all that it needs is there
     output, error = processes[-1].communicate("\n", timeout=300)
     assert processes[-1].returncode == 0, error
