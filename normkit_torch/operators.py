@@ -19,7 +19,7 @@ from normkit.call import Call
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
-from . import device, dispatch
+from . import device, dispatch, prepared
 from .implementations import TABLE
 from .memory import check_writes
 
@@ -82,9 +82,21 @@ def _pack(like: Tensor, results: Iterable[Tensor | None]) -> Four:
     return a, b, c, d
 
 
-def _norm(*arguments: Any) -> Four:
-    *call, needs_grad = arguments
-    return _pack(arguments[0], dispatch.forward(_call(*call), needs_grad))
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, function: str, *options_and_grad: Any
+) -> Four:
+    # what `dispatch.forward` would look for too, after some microseconds
+    options, needs_grad = options_and_grad[:-1], options_and_grad[-1]
+    made = prepared.forward(function, (x, residual, weight, bias, None, None), options, needs_grad)
+    if made is None:
+        return _pack(x, dispatch.forward(_call(x, residual, weight, bias, function, *options), needs_grad))
+    y, residual_out, mean, rstd, _ = made
+    return (
+        y,
+        prepared.empty(x) if residual_out is None else residual_out,
+        prepared.empty(x) if mean is None else mean,
+        prepared.empty(x) if rstd is None else rstd,
+    )
 
 
 def _call(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, function: str, *options: Any) -> Call:

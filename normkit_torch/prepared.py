@@ -188,6 +188,11 @@ def _maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
+def empty(like: Tensor) -> Tensor:
+    """Make a tensor without elements."""
+    return _empty_strided_cpu((0,), (1,), like.dtype) if like.is_cpu else like.new_empty(0)
+
+
 def _pairs(sizes: list[int], written: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
     """Return the pairs of tensors of which one is written to; those of y and residual_out in place are x and the residual."""
     read = [place for place in range(4) if sizes[place] and place not in written]
