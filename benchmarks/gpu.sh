@@ -102,7 +102,7 @@ fi
 has xdist && selection+=(-n 8)
 stages+=(tests)
 # a warning of a version that no one has seen yet is no failure
-stage tests 170 "$python" -m pytest -q -p no:cacheprovider -o filterwarnings=default --tb=short "${selection[@]}" &
+stage tests 170 "$python" -m pytest -q -p no:cacheprovider -o filterwarnings=default -W "error:Triton could not:RuntimeWarning" --tb=short "${selection[@]}" &
 
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 kernels=()

@@ -64,6 +64,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
         or torch._C._get_tracing_state()
         or any(type(tensor) not in (Tensor, Parameter) or _is_special(tensor) for tensor in tensors if tensor is not None)
     )

@@ -97,7 +97,7 @@ class Kernel:
         Args:
             grid: number of programs along each axis.
             scalars: the other run-time arguments, by name.
-            elements: of the largest array.
+            elements: from the first to the last one of the array that reaches farthest.
         """
         values = tuple([scalars[name] for name in self._scalars])
         # floats are never specialised; of numbers of rows, and of sizes, only whether more bits are needed

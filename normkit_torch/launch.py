@@ -279,8 +279,13 @@ def _launch(step: plan.Step, arguments: Mapping[str, Any]) -> None:
     tensors = [(name, arguments[name]) for name in kernel.arg_names if name.endswith("_ptr")]
     dtypes = tuple([(name, None if tensor is None else tensor.dtype) for name, tensor in tensors])
     addresses = _addresses([tensor for _, tensor in tensors])
-    largest = max([tensor for _, tensor in tensors if tensor is not None], key=Tensor.numel)
-    _kernel(step, dtypes, largest.device).bind(step.grid, arguments, largest.numel())(addresses)
+    there = [tensor for _, tensor in tensors if tensor is not None]
+    _kernel(step, dtypes, there[0].device).bind(step.grid, arguments, max(map(_reach, there)))(addresses)
+
+
+def _reach(tensor: Tensor) -> int:
+    """Return the elements from the first to the last one of a tensor, with those between its rows."""
+    return 1 + sum([(size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
 
 
 def _kernel(step: plan.Step, dtypes: tuple[tuple[str, torch.dtype | None], ...], device: torch.device) -> jit.Kernel:

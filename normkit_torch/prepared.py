@@ -64,7 +64,7 @@ def forward(known_as: object, tensors: Arrays, options: Options, needs_grad: boo
         needs_grad: whether the statistics are wanted.
     """
     try:
-        ready = _latest.get((known_as, options, needs_grad))
+        ready = _latest.get((known_as, options, type(options[0]), type(options[1]), needs_grad))
     except TypeError:  # an option that cannot be hashed is none that there is
         return None
     if ready is None:
@@ -87,15 +87,17 @@ set_code_exec_strategy(forward.__code__, _FrameExecStrategy(_FrameAction.SKIP, _
 
 def _search(known_as: object, tensors: Arrays, options: Options, needs_grad: bool) -> Results | None:
     try:
-        alike = _calls.get((known_as, options, needs_grad, tensors[0].shape, tensors[0].dtype, *map(type, tensors)))
-    except (AttributeError, RuntimeError):  # what is no tensor has no shape, nor has a nested one
+        known = known_as, options, type(options[0]), type(options[1]), needs_grad
+        alike = _calls.get((*known, tensors[0].shape, tensors[0].dtype, *map(type, tensors)))
+    # what is no tensor has no shape, nor has a nested one, and that of a fake one is not always known
+    except (AttributeError, RuntimeError, TypeError):
         return None
     for ready in alike or ():
         threads, requires_grad, run, _ = ready
         fits_now = threads == get_num_threads() and (not requires_grad or needs_grad or not is_grad_enabled())
         made = run(tensors) if fits_now else None
         if made is not None:
-            _latest[known_as, options, needs_grad] = ready
+            _latest[known] = ready
             return made
     return None
 
@@ -110,15 +112,18 @@ def keep(call: Call, problem: Problem, kernels: object, known_as: object = None)
         return  # the last of these is what the guard takes to be another call
     if call.residual_out is not None and problem.residual_out_dtype is None:
         return  # x is copied there by other means than the kernel's
-    bind = launcher(problem, call.x.device)
-    if bind is None:
-        return
     guarded = _guarded(problem, tensors)
-    run = (runner(guarded) if runner else None) or in_python(guarded, bind)
+    run = runner(guarded) if runner else None
+    if run is None:
+        bind = launcher(problem, call.x.device)
+        if bind is None:
+            return
+        run = in_python(guarded, bind)
     ready = Prepared(get_num_threads(), any(tensor.requires_grad for tensor in given), run, problem)
     if len(_calls) >= _MOST:
         forget()
-    known = known_as or function, options, problem.needs_grad
+    # 1.0, True and Decimal(1) are one key, and not all of them are right
+    known = known_as or function, options, type(options[0]), type(options[1]), problem.needs_grad
     alike = _calls.setdefault((*known, call.x.shape, call.x.dtype, *map(type, tensors)), [])
     alike.insert(0, ready)
     del alike[_MOST_ALIKE:]

@@ -75,6 +75,34 @@ def test_jax_gpu_is_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "this is for a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="a driver is asked for, which the interpreter has not")
+def test_programs_for_gpus_see_every_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    torch = pytest.importorskip("torch")
+    from benchmarks import calls, plans
+    from normkit import kernels
+    from normkit.bench.contest import Arrays
+    from normkit_torch import add_rms_norm
+
+    from .fake_driver import fake_driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    rows, weight = torch.ones(3, 256, dtype=torch.bfloat16), torch.ones(256, dtype=torch.bfloat16)
+    expected = {"forward": ["forward_rows"], "in-place": ["forward_rows"], "backward": ["backward_rows", "sum_partials"]}
+    with fake_driver() as driver:
+        for pass_, names in expected.items():
+            arrays = Arrays(rows, rows.clone(), weight, None, rows.clone(), rows.clone())
+            found, _ = plans.launches(Contest(Shape(3, 256), "bfloat16", "rms", pass_), arrays)
+            assert [step.kernel for step, _ in found] == names
+        driver.launches.clear()
+        with calls.launches() as counted:
+            for _ in range(3):
+                leaf = rows.clone().requires_grad_()
+                torch.autograd.grad(add_rms_norm(leaf, rows, weight.requires_grad_())[0], [leaf, weight], rows)
+        assert set(counted) <= set(kernels.__all__)
+        assert counted.total() == len(driver.launches) == 9
+
+
 def test_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("triton")

@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from typing import Any, cast
 
@@ -156,6 +157,9 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     "no dimensions": lambda: rms_norm(torch.tensor(1.0)),
     "x a parameter": lambda: rms_norm(torch.nn.Parameter(rows(3, 8), requires_grad=False), rows(8)),
     "fakes": _fake,
+    "eps as a decimal": lambda: _with_option("eps", Decimal(1)),
+    "eps as a complex number": lambda: _with_option("eps", 1 + 0j),
+    "traced before dispatch": lambda: make_fx(lambda x: rms_norm(x, CAPTURED[0]), pre_dispatch=True)(rows(3, 8))(CAPTURED[:3]),
     "traced by fx": lambda: torch.fx.symbolic_trace(lambda x: rms_norm(x, CAPTURED[0]))(rows(3, 8)),
     "traced by make_fx": lambda: make_fx(lambda x: rms_norm(x, CAPTURED[0]))(rows(3, 8))(rows(3, 8, seed=1)),
     **{
@@ -219,13 +223,13 @@ def test_compile_after_preparation() -> None:
 
 def test_the_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared_for: list[int] = []
-    launcher = library.launcher
+    packed = library.packed_without_pointers
 
-    def noting(problem: Problem, threads: int, openmp: tuple[int, int]) -> Any:
+    def noting(problem: Problem, threads: int, openmp: tuple[int, int]) -> bytes:
         prepared_for.append(threads)
-        return launcher(problem, threads, openmp)
+        return packed(problem, threads, openmp)
 
-    monkeypatch.setattr(library, "launcher", noting)
+    monkeypatch.setattr(library, "packed_without_pointers", noting)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 1, 2):

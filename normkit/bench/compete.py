@@ -149,8 +149,9 @@ def _enter(
         if program.results is None:
             return _Entry(contestant, timed(program), "", None)
         buffers = program.put(given)
-        implementation = program.implementation(buffers)
         results = program.results(buffers, program.ready(buffers)())
+        # asked for now, because kernels that could not be launched are another one's from then on
+        implementation = program.implementation(buffers)
         error = worst_error(contest, expected, results)
         spoil(results.values())
         del buffers, results  # which are large

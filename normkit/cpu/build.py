@@ -88,7 +88,9 @@ def build(extra: Sequence[str] = (), library: Path = LIBRARY) -> Path:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_unit, range(len(units))))
         linked = Path(folder) / library.name
-        _run([*command, *common, "-shared", *objects, "-o", str(linked)])
+        # prepared.cpp calls Python, which is there only when the library is loaded
+        later = ("-Wl,-undefined,dynamic_lookup",) if sys.platform == "darwin" else ()
+        _run([*command, *common, "-shared", *later, *objects, "-o", str(linked)])
         # in one step, so that a process which has the old library open keeps it
         linked.replace(library)
     return library

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A custom call of XLA that calls a function of Python: a handler whose one attribute is the function's address. It is given the
-// addresses of the operands and then of the results, and returns 0, or writes a message.
+// addresses of the operands and then of the results, and returns DONE, or writes a message.
+#include <cstring>
+
 #include "xla_ffi.hpp"
 
 namespace {
@@ -9,6 +11,7 @@ using namespace xla_ffi;
 
 // The same in normkit/vendors/custom_call.py.
 constexpr int64_t MESSAGE = 1024;
+constexpr int DONE = 0x600d;
 constexpr int64_t MOST_BUFFERS = 6;
 
 typedef int (*Function)(void *const *addresses, char *message);
@@ -38,7 +41,9 @@ extern "C" __attribute__((visibility("default"))) Error *normkit_ffi_callback(Ca
         !take(results, addresses + operands.count)) {
         return error(frame, INVALID_ARGUMENT, "normkit's custom call was made by another version of normkit");
     }
-    Function function = *static_cast<const Function *>(attributes.values[0]->values);
-    char message[MESSAGE];
-    return function(addresses, message) ? error(frame, INTERNAL, message) : nullptr;
+    intptr_t address;
+    std::memcpy(&address, attributes.values[0]->values, sizeof address);
+    char message[MESSAGE] = "the Python function was interrupted";
+    IeeeArithmetic arithmetic;
+    return reinterpret_cast<Function>(address)(addresses, message) == DONE ? nullptr : error(frame, INTERNAL, message);
 }

@@ -2,7 +2,6 @@
 // The kernels as custom calls of XLA: handlers whose one attribute is the packed call, with 1 for the pointer of each array
 // that there is. Operands and results come in the order of these pointers.
 #include <atomic>
-#include <cfenv>
 #include <cstring>
 #include <new>
 #include <thread>
@@ -18,19 +17,6 @@ EXPORTED int normkit_backward(const Backward *);
 namespace {
 
 using namespace xla_ffi;
-
-// XLA's threads round subnormal numbers to zero.
-class IeeeArithmetic {
-  public:
-    IeeeArithmetic() {
-        std::fegetenv(&before_);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~IeeeArithmetic() { std::fesetenv(&before_); }
-
-  private:
-    std::fenv_t before_;
-};
 
 // The number of this thread in the work that it does.
 thread_local int worker;

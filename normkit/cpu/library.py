@@ -36,7 +36,7 @@ class Library(NamedTuple):
         forward: takes the bytes of a struct and returns 0.
         quick_forward: the same, for which no other Python thread runs meanwhile: to let go of the interpreter takes its time.
         backward: as forward.
-        prepare: see `normkit.cpu.prepared`.
+        prepare: see `normkit.cpu.prepared`; None where the functions of CPython that it calls are not there.
         levels: the levels of instructions there are.
         ffi_forward: forward as a handler of custom calls of XLA, whose address alone is of use.
         ffi_backward: the same.
@@ -46,7 +46,7 @@ class Library(NamedTuple):
     forward: Callable[[bytes], int]
     quick_forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
-    prepare: Callable[..., Any]
+    prepare: Callable[..., Any] | None
     levels: tuple[int, ...]
     ffi_forward: Any
     ffi_backward: Any
@@ -80,8 +80,14 @@ def load() -> Library | Missing:
         )
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    has_python = holding_python.normkit_has_python()
     prepare.argtypes, prepare.restype = [ctypes.c_char_p] * 2 + [ctypes.py_object] * 5, ctypes.py_object
-    return Library(*functions, prepare, tuple(level for level in range(levels.bit_length()) if levels >> level & 1), *handlers)
+    return Library(
+        *functions,
+        prepare if has_python else None,
+        tuple(level for level in range(levels.bit_length()) if levels >> level & 1),
+        *handlers,
+    )
 
 
 @cache

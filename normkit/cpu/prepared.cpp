@@ -72,6 +72,9 @@ Answer is_alike(const Prepared &ready, Object *tensors, Object **given, int &cou
         if (is_given) {
             // a nested tensor has no strides, and to look for them the guard would end the process
             Owned nested(PyObject_GetAttr(tensor, ready.is_nested));
+            if (!nested && !PyErr_ExceptionMatches(PyExc_AttributeError)) {
+                return Answer::ERROR;
+            }
             if (nested != &_Py_FalseStruct) {
                 PyErr_Clear();
                 return Answer::NO;
@@ -159,7 +162,8 @@ Object *run(Object *self, Object *tensors) {
         return none();
     }
     if (compute(ready, pointers)) {
-        return PyErr_NoMemory();
+        PyErr_SetString(PyExc_MemoryError, "the CPU kernels could not allocate their scratch memory");
+        return nullptr;
     }
     Owned results(count_as_written(ready, tensors) ? PyTuple_New(RESULTS + 1) : nullptr);
     for (int index = 0; results && index < RESULTS; ++index) {
@@ -175,7 +179,10 @@ MethodDefinition definition = {"prepared", run, ONE_ARGUMENT, nullptr};
 
 }  // namespace
 
-// Return a function of six tensors, some of which may be None; null without an error if this Python lacks what is needed.
+// Whether there is a Python with what is used here.
+EXPORTED int normkit_has_python() { return &_Py_NoneStruct && Py_IncRef && PyObject_Vectorcall && PyCFunction_NewEx; }
+
+// Return a function of six tensors, some of which may be None.
 EXPORTED Object *normkit_prepare(
     const char *layout, const char *call, Object *fits, Object *address_of, Object *count_as_written, Object *make, Object *problem) {
     auto ready = new (std::nothrow) Prepared;

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from struct import Struct
@@ -50,7 +49,7 @@ class Guarded:
 def compiled(
     guarded: Guarded, threads: int, openmp: tuple[int, int] = library.OWN_THREADS
 ) -> Callable[[tuple[Array | None, ...]], Any] | None:
-    """Return what runs the forward kernels on contiguous arrays; None where Python is not CPython.
+    """Return what runs the forward kernels on contiguous arrays; None where that is not there.
 
     The function takes all six arrays, None for those that are not given, and returns y, residual_out, mean and rstd with the
     problem; or None if the arrays are not like those of the call that was prepared, or share memory that is written to.
@@ -60,7 +59,8 @@ def compiled(
         threads: the most to use.
         openmp: as in `normkit.cpu.library.packed_forward`.
     """
-    if sys.implementation.name != "cpython":
+    prepare = library.loaded().prepare
+    if prepare is None:
         return None
     layout = _LAYOUT(
         *(_bits(guarded.places), *guarded.results, *guarded.pointers),
@@ -70,7 +70,7 @@ def compiled(
     )
     packed = library.packed_without_pointers(guarded.problem, threads, openmp)
     objects = guarded.fits, guarded.address_of, guarded.count_as_written, guarded.make, guarded.problem
-    return library.loaded().prepare(layout, packed, *objects)
+    return prepare(layout, packed, *objects)
 
 
 def _bits(places: Iterable[int]) -> int:

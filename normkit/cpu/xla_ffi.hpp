@@ -2,6 +2,7 @@
 // What a custom call on the CPU sees of XLA: the part used here of XLA's FFI interface, whose layout in memory is stable.
 // Source of these facts: xla/ffi/api/c_api.h in the folder jax.ffi.include_dir(), which is not there where normkit is compiled.
 #pragma once
+#include <cfenv>
 #include <cstddef>
 #include <cstdint>
 
@@ -136,5 +137,18 @@ inline Error *answer(const CallFrame *frame) {
     }
     return nullptr;
 }
+
+// XLA's threads round subnormal numbers to zero.
+class IeeeArithmetic {
+  public:
+    IeeeArithmetic() {
+        std::fegetenv(&before_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~IeeeArithmetic() { std::fesetenv(&before_); }
+
+  private:
+    std::fenv_t before_;
+};
 
 }  // namespace xla_ffi

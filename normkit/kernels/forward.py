@@ -74,7 +74,7 @@ def _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN: 
         tl.store(mean_ptr + row, mean, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["rows", "inner_rows"])
+@triton.jit(do_not_specialize=["inner_rows"])
 def forward_long(
     x_ptr,
     residual_ptr,

@@ -16,10 +16,11 @@ from uuid import uuid4
 
 from ..cpu import library
 
-# bytes, with the 0 at the end; the same in normkit/cpu/callback.cpp
+# bytes, with the 0 at the end, and what says that the function has run to its end; the same in normkit/cpu/callback.cpp
 _MESSAGE = 1024
+_DONE = 0x600D
 # addresses of rows that are remembered, and of weights
-_KEPT = 256
+_KEPT = 64
 _FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
@@ -54,12 +55,13 @@ def function(run: Callable[..., None], tensors: Sequence[Callable[[int], Any]]) 
     def called(addresses: int, message: int) -> int:
         try:
             run(*[tensor(address) for tensor, address in zip(tensors, addresses_at(addresses), strict=True)])
-        # Any exception: there is only XLA to take it.
+        # Any exception: there is only XLA to take it. What is raised before or after this, as by a signal, ctypes drops, and
+        # the result is then not this number.
         except BaseException as error:  # noqa: BLE001
             text = f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace")[: _MESSAGE - 1]
             ctypes.memmove(message, text + b"\0", len(text) + 1)
-            return 1
-        return 0
+            return 0
+        return _DONE
 
     return _FUNCTION(called)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import normkit_jax
+import normkit_torch
 from normkit.vendors import custom_call
 
 from .vendor import MODULE, NAME, rows
@@ -57,7 +58,9 @@ def test_an_error_of_the_operator_comes_back_with_its_message(native: bool, text
 def test_rows_of_any_rank(native: bool, shape: tuple[int, ...]) -> None:
     arrays = [jnp.asarray(array) for array in (rows(*shape), rows(*shape, seed=1), rows(64, seed=2))]
     with way(native):
-        found = step()(*arrays)
+        compiled = step()
+        assert ("normkit_callback" in compiled.lower(*arrays).as_text()) == native
+        found = compiled(*arrays)
     for one, other in zip(found, normkit_jax.add_rms_norm(*arrays, implementation="reference"), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
@@ -107,3 +110,36 @@ def test_no_other_process_has_the_name_of_the_custom_call() -> None:
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 120}
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], **options)
     assert done.stdout.strip().startswith("normkit_callback_") and done.stdout.strip() != custom_call.target()
+
+
+@COMPILED
+def test_a_function_that_does_not_run_to_its_end_is_an_error() -> None:
+    """As when a signal comes before it: ctypes then prints the exception and leaves the result as it is."""
+
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    def failing(spec: Any, given: Any, out: Any) -> Any:
+        raise Unspeakable
+
+    arrays = [jnp.asarray(array) for array in (rows(7, 64), rows(7, 64, seed=1), rows(64, seed=2))]
+    seen: list[Any] = []
+    with (
+        patch.object(sys, "unraisablehook", seen.append),
+        patch.object(MODULE, "_compute", failing),
+        patch.object(MODULE.rounding, "refusal", lambda *_: None),
+        pytest.raises(jax.errors.JaxRuntimeError, match="was interrupted"),
+    ):
+        jax.block_until_ready(step()(*arrays))
+    assert len(seen) == 1
+
+
+@COMPILED
+def test_subnormal_numbers_are_what_they_are_in_torch() -> None:
+    x, residual = np.full((2, 64), 1e-39, np.float32), np.full((2, 64), 2e-39, np.float32)
+    found = step()(jnp.asarray(x), jnp.asarray(residual))
+    expected = normkit_torch.add_rms_norm(torch.from_numpy(x), torch.from_numpy(residual), implementation=NAME)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), other.numpy())
+    assert np.asarray(found[1]).all()
