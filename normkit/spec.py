@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import NamedTuple
 
@@ -112,18 +113,18 @@ class Problem:
         """Length of a row."""
         return self.shape[-1]
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Number of rows: the product of all dimensions but the last."""
         return math.prod(self.shape[:-1])
 
-    @property
+    @cached_property
     def dtypes(self) -> tuple[str, ...]:
         """The dtypes of the arrays given."""
         given = (self.x_dtype, self.residual_dtype, self.weight_dtype, self.bias_dtype)
         return tuple(dtype for dtype in given if dtype is not None)
 
-    @property
+    @cached_property
     def compute_dtype(self) -> str:
         """Dtype of all arithmetic and of the statistics: float64 as soon as an array is float64, else float32."""
         return "float64" if "float64" in self.dtypes else "float32"

@@ -17,10 +17,12 @@ from normkit.interface import Forward, Gradients, Wanted
 from normkit.layout import row_layout
 from normkit.spec import Problem
 
+from . import allocate
 from .guarded import Run
 
 __all__ = ["backward", "forward", "forward_", "forward_into", "launcher", "runner", "supports"]
 
+_CPU = torch.device("cpu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -140,4 +142,4 @@ def backward(
 
 
 def _new(shape: tuple[int, ...], dtype: str | None) -> Tensor | None:
-    return None if dtype is None else torch.empty(shape, dtype=_DTYPES[dtype], device="cpu")
+    return None if dtype is None else allocate.maker(shape, _DTYPES[dtype], _CPU)()

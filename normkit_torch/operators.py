@@ -19,7 +19,7 @@ from normkit.call import Call
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
-from . import device, dispatch, prepared
+from . import allocate, device, dispatch, prepared
 from .implementations import TABLE
 from .memory import check_writes
 
@@ -93,9 +93,9 @@ def _norm(
     y, residual_out, mean, rstd, _ = made
     return (
         y,
-        prepared.empty(x) if residual_out is None else residual_out,
-        prepared.empty(x) if mean is None else mean,
-        prepared.empty(x) if rstd is None else rstd,
+        allocate.without_elements(x) if residual_out is None else residual_out,
+        allocate.without_elements(x) if mean is None else mean,
+        allocate.without_elements(x) if rstd is None else rstd,
     )
 
 

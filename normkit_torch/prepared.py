@@ -9,16 +9,14 @@ dtype, shape, strides, and in all that torch would treat them by. Whatever is no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import accumulate, pairwise
-from operator import mul
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled
 from torch._C import _increment_version
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu  # type: ignore[attr-defined]
+from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
 
 from normkit.call import Arrays, Call, Options
@@ -26,6 +24,7 @@ from normkit.cpu.prepared import Guarded
 from normkit.errors import LaunchError
 from normkit.spec import Problem
 
+from . import allocate
 from .guarded import Results, Run, in_python
 
 # calls to keep, and those among them that differ in the strides of their tensors and the like
@@ -181,21 +180,9 @@ def _results(
         elif dtype is None:
             results.append(0)
         else:
-            make.append(_maker(shape, getattr(torch, dtype), device))
+            make.append(allocate.maker(shape, getattr(torch, dtype), device))
             results.append(len(places) + len(make))
     return tuple(results), tuple(make)
-
-
-def _maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    strides = tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
-    if device.type == "cpu":
-        return partial(_empty_strided_cpu, shape, strides, dtype)  # in half the time
-    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
-
-
-def empty(like: Tensor) -> Tensor:
-    """Make a tensor without elements."""
-    return _empty_strided_cpu((0,), (1,), like.dtype) if like.is_cpu else like.new_empty(0)
 
 
 def _pairs(sizes: list[int], written: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
