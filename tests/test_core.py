@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -252,5 +252,6 @@ def test_numpy_needs_no_framework() -> None:
 
 
 def test_a_problem_is_plain_data() -> None:
-    assert all(isinstance(value, (NormSpec, tuple, str, bool, type(None))) for value in vars(PROBLEM).values())
+    values = [getattr(PROBLEM, field.name) for field in fields(PROBLEM)]
+    assert all(isinstance(value, (NormSpec, tuple, str, bool, type(None))) for value in values)
     assert eval(repr(PROBLEM), {"Problem": Problem, "NormSpec": NormSpec}) == PROBLEM
