@@ -19,6 +19,7 @@ from . import custom_call
 from .exchange import Compute, Given, Results
 from .guards import DEVICES
 
+# of two functions for one call, the cache would keep one, and the address of the other would dangle
 _making = Lock()
 
 
