@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from threading import Lock
 from typing import Any
 
@@ -71,24 +71,17 @@ def _call(
 @cache
 def _function(compute: Compute, problem: Problem, present: tuple[bool, ...]) -> Any:
     """Return what the program's custom call calls."""
-    rows = custom_call.tensors_at(problem.x_dtype, (problem.rows, problem.hidden_size))
+    rows = [custom_call.Buffer(problem.x_dtype, (problem.rows, problem.hidden_size))] * sum(present[:2])
     dtypes = [dtype for dtype in (problem.weight_dtype, problem.bias_dtype) if dtype]
-    parameters = [custom_call.tensors_at(dtype, problem.shape[-1:]) for dtype in dtypes]
-    results = [rows] * sum(present[:2])
-    return custom_call.function(_run(compute, problem, present), [*results, *parameters, *results])
+    parameters = [custom_call.Buffer(dtype, problem.shape[-1:]) for dtype in dtypes]
+    return custom_call.function(partial(compute, problem.spec), partial(_arguments, present), [*rows, *parameters, *rows])
 
 
-def _run(compute: Compute, problem: Problem, present: Sequence[bool]) -> Callable[..., None]:
-    """Return what computes from the tensors that there are, those of the operands and then those of the results."""
-    spec = problem.spec
-    _, adds, has_weight, has_bias = present
-
-    def run(*tensors: Any) -> None:
-        rest = iter(tensors)
-        given = Given(next(rest), *(next(rest) if there else None for there in (adds, has_weight, has_bias)))
-        compute(spec, given, Results(next(rest), next(rest, None)))
-
-    return run
+def _arguments(present: Sequence[bool], *tensors: Any) -> tuple[Given, Results]:
+    """Return the arguments of what runs the operators, of the tensors that there are: the operands and then the results."""
+    rest = iter(tensors)
+    given = Given(*(next(rest) if there else None for there in present))
+    return given, Results(next(rest), next(rest, None))
 
 
 def _callback(compute: Compute, problem: Problem, present: Sequence[bool]) -> Callable[..., None]:
@@ -101,14 +94,13 @@ def _callback(compute: Compute, problem: Problem, present: Sequence[bool]) -> Ca
     kind, flat = DEVICES[problem.platform], (problem.rows, problem.hidden_size)
     # torch asks a buffer for its device, and a capsule for nothing; on a GPU it also has to say in which stream it works
     tensor = from_capsule if kind == "cpu" else from_dlpack
-    compute_from = _run(compute, problem, present)
 
     def run(context: Any, results: Any, *buffers: Any) -> None:
         with nullcontext() if kind == "cpu" else _stream(kind, context, results[0]):
             tensors = [tensor(buffer) for buffer in (*buffers, *results)]
             for index in (*range(len(results)), *range(len(buffers), len(tensors))):
                 tensors[index] = tensors[index].view(flat)
-            compute_from(*tensors)
+            compute(problem.spec, *_arguments(present, *tensors))
 
     return run
 

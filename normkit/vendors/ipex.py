@@ -48,28 +48,26 @@ def forward_(problem: Problem, x: Array, residual: Array, weight: Array | None, 
 
 
 def _compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
-    import torch
-
-    operators = _functional()
-    # RMSNorm wants a weight, and LayerNorm takes none as ones
-    weight = torch.ones_like(given.x[0]) if given.weight is None else given.weight
-    if given.residual is None:
-        results = Results(operators.rms_norm(given.x, weight, spec.eps), None)
-    else:
-        add_norm = operators.add_rms_norm if spec.kind == "rms" else operators.add_layer_norm
-        residual = given.residual
-        in_place = out is not None and out.residual_out.data_ptr() == residual.data_ptr()
-        if out is not None and not in_place and spec.kind == "rms" and residual.dtype == torch.float32:
-            # which is faster than to add once more, and in 16 bits would round y otherwise
-            residual, in_place = out.residual_out.copy_(residual), True
-        y = add_norm(residual, given.x, weight, given.bias, spec.eps, in_place)
-        if in_place:
-            results = Results(y, residual)
-        else:
-            results = Results(y, torch.add(given.x, residual, out=None if out is None else out.residual_out))
+    x, residual, weight, bias = given
+    rms_norm, add_rms_norm, add_layer_norm = _operators()
+    if weight is None:  # RMSNorm wants one, and LayerNorm takes none as ones
+        weight = x.new_ones(x.shape[1])
+    if residual is None:
+        normed = rms_norm(x, weight, spec.eps)
+        return Results(normed if out is None else out.y.copy_(normed), None)
+    add_norm = add_rms_norm if spec.kind == "rms" else add_layer_norm
     if out is None:
-        return results
-    out.y.copy_(results.y)
+        return Results(add_norm(residual, x, weight, bias, spec.eps, False), x + residual)
+    y, residual_out = out
+    in_place = residual_out.data_ptr() == residual.data_ptr()
+    if not in_place and spec.kind == "rms" and residual.element_size() == 4:
+        # which is faster than to add once more, and in 16 bits would round y otherwise
+        residual, in_place = residual_out.copy_(residual), True
+    y.copy_(add_norm(residual, x, weight, bias, spec.eps, in_place))
+    if not in_place:
+        import torch
+
+        torch.add(x, residual, out=residual_out)
     return out
 
 
@@ -139,6 +137,14 @@ def _missing() -> str | None:
         return f"IPEX is not installed: pip install {DISTRIBUTION}, with the torch of its minor version"
     needed = ".".join(version.split(".")[:2])
     return None if torch.startswith(f"{needed}.") else f"IPEX {version} belongs to torch {needed}, and this is torch {torch}"
+
+
+@cache
+def _operators() -> tuple[Any, ...]:
+    """Return the functions, where it can be those of the device's type: those of llm.functional look for them at each call."""
+    functional = _functional()
+    own = getattr(functional, "utils", None)
+    return tuple(getattr(own, f"{name}_{found().device}", getattr(functional, name)) for name in OPERATORS)
 
 
 @cache

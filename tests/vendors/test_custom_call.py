@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from functools import partial
@@ -92,15 +93,23 @@ def test_tensors_made_in_a_mode_of_torch_are_as_good_outside() -> None:
 
 
 @COMPILED
-def test_tensors_of_few_addresses_are_kept() -> None:
-    tensor_at: Any = custom_call.tensors_at("bfloat16", (2, 8))
-    memory = np.zeros(16 * 1000, np.int16)
-    tensors = [tensor_at(memory.ctypes.data + 32 * index) for index in range(1000)]
-    assert tensors[-1] is tensor_at(tensors[-1].data_ptr())
-    assert (tensors[-1].dtype, tensors[-1].shape) == (torch.bfloat16, (2, 8))
-    tensors[-1].fill_(1)
-    assert np.count_nonzero(memory) == 16 and memory[-16:].all()
-    assert tensor_at.cache_info().currsize == custom_call._KEPT
+def test_what_is_made_of_few_addresses_is_kept() -> None:
+    memory, made = np.zeros((1000, 2, 8), np.int16), []
+
+    def given(*tensors: Any) -> Any:
+        made.append(tensors)
+        return tensors
+
+    arguments: Any = custom_call.arguments_at(
+        given, [custom_call.Buffer("bfloat16", (2, 8)), custom_call.Buffer("int16", (8,))]
+    )
+    addresses = [struct.pack("2P", row.ctypes.data, row[1].ctypes.data) for row in memory]
+    assert [arguments(each) for each in addresses] == made
+    assert arguments(addresses[-1]) is made[-1]
+    assert [(tensor.dtype, tensor.shape) for tensor in made[-1]] == [(torch.bfloat16, (2, 8)), (torch.int16, (8,))]
+    made[-1][0].fill_(1)
+    assert np.count_nonzero(memory) == 16 and memory[-1].all() and made[-1][1].all()
+    assert (len(made), arguments.cache_info().currsize) == (1000, custom_call._KEPT)
 
 
 @COMPILED
