@@ -48,12 +48,38 @@ def look(
 
 
 @triton.jit
-def load_or_none(ptr, offset, mask):
-    """Return what is there in float32, 0 where there is no array."""
+def look_at_rows(
+    pointers,  # dy, h, weight, mean, rstd
+    strides,  # outer and inner of dy, then of h
+    row,
+    in_rows,
+    column,
+    inner_rows,
+    weight_offset,
+    HIDDEN: tl.constexpr,
+    SUBTRACT_MEAN: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+):
+    """Look at columns (1, BLOCK_N) of rows (BLOCK_M,). Return dy, x_hat and g with the rows' mask and rstd."""
+    dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr = pointers
+    mask = in_rows[:, None] & (column < HIDDEN)
+    dy_offset = row_start(row, inner_rows, strides[0], strides[1], HIDDEN, CONTIGUOUS)[:, None] + column
+    h_offset = row_start(row, inner_rows, strides[2], strides[3], HIDDEN, CONTIGUOUS)[:, None] + column
+    rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
+    mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None] if SUBTRACT_MEAN else 0.0
+    dy, x_hat, g = look(
+        dy_ptr, h_ptr, weight_ptr, (dy_offset, h_offset), column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, ""
+    )
+    return dy, x_hat, g, mask, rstd
+
+
+@triton.jit
+def load_or_zero(ptr, offset, mask):
+    """Return what is there, and will not be needed again; 0 where there is no array."""
     if ptr is not None:  # noqa: SIM108  # both sides of an expression would be compiled
-        values = tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first")
     else:
-        values = 0.0
+        values = tl.zeros((1,), tl.float32)
     return values
 
 
@@ -90,22 +116,18 @@ def backward_rows(
     column = tl.arange(0, BLOCK_N)[None, :]
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    pointers, strides = (dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr), (dy_outer, dy_inner, h_outer, h_inner)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     while first < last:
         row = first + tl.arange(0, BLOCK_M)
         in_rows = row < last
-        mask = in_rows[:, None] & (column < HIDDEN)
-        dy_offset = row_start(row, inner_rows, dy_outer, dy_inner, HIDDEN, CONTIGUOUS)[:, None] + column
-        h_offset = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)[:, None] + column
-        stream = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)[:, None] + column
-        rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
-        mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None] if SUBTRACT_MEAN else 0.0
-        dy, x_hat, g = look(
-            dy_ptr, h_ptr, weight_ptr, (dy_offset, h_offset), column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, ""
+        dy, x_hat, g, mask, rstd = look_at_rows(
+            pointers, strides, row, in_rows, column, inner_rows, weight_offset, HIDDEN, SUBTRACT_MEAN, CONTIGUOUS
         )
+        stream = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)[:, None] + column
         # asked for before it is needed, so that all of a row is on its way at once
-        dresidual_out = load_or_none(dresidual_out_ptr, stream, mask)
+        dresidual_out = load_or_zero(dresidual_out_ptr, stream, mask)
         if dweight_ptr is not None:
             dweight += dy * x_hat
         if dbias_ptr is not None:
@@ -114,7 +136,7 @@ def backward_rows(
             dh = g - x_hat * (tl.sum(x_hat * g, axis=1) / HIDDEN)[:, None]
             if SUBTRACT_MEAN:
                 dh -= (tl.sum(g, axis=1) / HIDDEN)[:, None]
-            dh = dh * rstd + dresidual_out
+            dh = dh * rstd + dresidual_out.to(tl.float32)
             store_rows(dx_ptr, dh, row[:, None] * HIDDEN + column, mask, "")
             store_rows(dresidual_ptr, dh, row[:, None] * HIDDEN + column, mask, "")
         first += BLOCK_M
@@ -156,6 +178,7 @@ def backward_twice(
     Registers hold the sums of dweight and dbias, and nothing of a row: dy and h are read a second time, which finds them in
     the L1 cache. PIECES blocks make up a row, so that only one of them at a time is being computed with.
     """
+    pointers = (dy_ptr, h_ptr, weight_ptr)
     program = tl.program_id(0).to(tl.int64)
     dweight, dbias = (), ()
     for piece in tl.static_range(PIECES):  # noqa: B007
@@ -166,39 +189,84 @@ def backward_twice(
         dy_start = row_start(row, inner_rows, dy_outer, dy_inner, HIDDEN, CONTIGUOUS)
         h_start = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)
         stream = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)
+        starts = (dy_start, h_start)
         rstd = tl.load(rstd_ptr + row)
         mean = tl.load(mean_ptr + row) if SUBTRACT_MEAN else 0.0
-        sum_x_hat_g, sum_g = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-        more_dweight, more_dbias = (), ()
-        for piece in tl.static_range(PIECES):
-            column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = column < HIDDEN
-            offsets = (dy_start + column, h_start + column)
-            dy, x_hat, g = look(
-                dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, "evict_last"
-            )
-            more_dweight, more_dbias = more_dweight + (dweight[piece] + dy * x_hat,), more_dbias + (dbias[piece] + dy,)  # noqa: RUF005
-            sum_x_hat_g += x_hat * g
-            sum_g += g
-        dweight, dbias = more_dweight, more_dbias
+        mean_x_hat_g, mean_g, more = 0.0, 0.0, ()
         if dx_ptr is not None or dresidual_ptr is not None:
-            mean_x_hat_g = tl.sum(sum_x_hat_g, axis=0) / HIDDEN
-            mean_g = tl.sum(sum_g, axis=0) / HIDDEN if SUBTRACT_MEAN else 0.0
+            zero = tl.minimum(rows, 0)
+            sum_x_hat_g, sum_g = _sums(pointers, starts, zero, mean, rstd, weight_offset, HIDDEN, BLOCK_N, PIECES, SUBTRACT_MEAN)
             for piece in tl.static_range(PIECES):
                 column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
-                mask = column < HIDDEN
-                offsets = (dy_start + column, h_start + column)
-                dy, x_hat, g = look(
-                    dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, "evict_first"
-                )
-                dh = (g - x_hat * mean_x_hat_g - mean_g) * rstd + load_or_none(dresidual_out_ptr, stream + column, mask)
-                store_rows(dx_ptr, dh, row * HIDDEN + column, mask, "")
-                store_rows(dresidual_ptr, dh, row * HIDDEN + column, mask, "")
+                more = more + (load_or_zero(dresidual_out_ptr, stream + column, column < HIDDEN),)
+            mean_x_hat_g = tl.sum(sum_x_hat_g, axis=0) / HIDDEN
+            mean_g = tl.sum(sum_g, axis=0) / HIDDEN if SUBTRACT_MEAN else 0.0
+        more_dweight, more_dbias = (), ()
+        for piece in tl.static_range(PIECES):
+            dy, x_hat, g = _piece(
+                pointers, starts, piece, mean, rstd, weight_offset, HIDDEN, BLOCK_N, SUBTRACT_MEAN, "evict_first"
+            )
+            more_dweight, more_dbias = more_dweight + (dweight[piece] + dy * x_hat,), more_dbias + (dbias[piece] + dy,)  # noqa: RUF005
+            if dx_ptr is not None or dresidual_ptr is not None:
+                column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+                dh = (g - x_hat * mean_x_hat_g - mean_g) * rstd + more[piece].to(tl.float32)
+                store_rows(dx_ptr, dh, row * HIDDEN + column, column < HIDDEN, "")
+                store_rows(dresidual_ptr, dh, row * HIDDEN + column, column < HIDDEN, "")
+        dweight, dbias = more_dweight, more_dbias
         row += 1
     for piece in tl.static_range(PIECES):
         column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
         store_rows(dweight_ptr, dweight[piece], program * HIDDEN + column, column < HIDDEN, "")
         store_rows(dbias_ptr, dbias[piece], program * HIDDEN + column, column < HIDDEN, "")
+
+
+@triton.jit
+def _piece(
+    pointers,
+    starts,
+    piece,
+    mean,
+    rstd,
+    weight_offset,
+    HIDDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUBTRACT_MEAN: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Look at one piece of a row."""
+    column = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = (starts[0] + column, starts[1] + column)
+    dy_ptr, h_ptr, weight_ptr = pointers
+    return look(
+        dy_ptr, h_ptr, weight_ptr, offsets, column, mean, rstd, weight_offset, column < HIDDEN, SUBTRACT_MEAN, KEEP
+    )
+
+
+@triton.jit
+def _sums(
+    pointers,
+    starts,
+    zero,
+    mean,
+    rstd,
+    weight_offset,
+    HIDDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
+    SUBTRACT_MEAN: tl.constexpr,
+):
+    """Return the sums of x_hat g and of g over each thread's share of a row."""
+    sum_x_hat_g, sum_g = tl.zeros((BLOCK_N // 8,), tl.float32), tl.zeros((BLOCK_N // 8,), tl.float32)
+    first = zero
+    while first < PIECES:
+        for each in tl.static_range(2):
+            _, x_hat, g = _piece(
+                pointers, starts, first + each, mean, rstd, weight_offset, HIDDEN, BLOCK_N, SUBTRACT_MEAN, "evict_last"
+            )
+            sum_x_hat_g += tl.sum(tl.reshape(x_hat * g, (BLOCK_N // 8, 8)), axis=1)
+            sum_g += tl.sum(tl.reshape(g, (BLOCK_N // 8, 8)), axis=1)
+        first += 2
+    return sum_x_hat_g, sum_g
 
 
 @triton.jit(do_not_specialize=["programs"])
