@@ -217,8 +217,8 @@ def _first_look(
     SUBTRACT_MEAN: tl.constexpr,
 ):
     """Return the sums of x_hat g and of g over a row, in shares yet to be added up."""
-    # what a thread has of a piece are neighbours, so many at least: it adds them up itself, in one register
-    EACH: tl.constexpr = 8
+    # a thread has so many neighbours at least, which it adds up itself: fewer registers hold the sums
+    EACH: tl.constexpr = 4
     sum_x_hat_g, sum_g = tl.zeros((BLOCK_N // EACH,), tl.float32), tl.zeros((BLOCK_N // EACH,), tl.float32)
     # two pieces at a time: the compiler asks for all of them at once, and registers do not hold more besides dweight and dbias
     first = zero
