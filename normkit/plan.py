@@ -125,7 +125,8 @@ def forward_plan(problem: Problem) -> Step:
         again = problem.needs_grad and rounded and columns > FORWARD_LONGEST_WITH_BOTH
         constants |= {"BLOCK_M": rows, "BLOCK_N": columns, "AGAIN": again}
         many = columns >= MANY_FROM
-        registers = MANY_REGISTERS if many and (problem.spec.subtract_mean or not narrow) else FEW_REGISTERS
+        more = problem.spec.subtract_mean or problem.bias_dtype is not None or not narrow
+        registers = MANY_REGISTERS if many and more else FEW_REGISTERS
         return _step(problem, "forward_rows", (_ceil(problem.rows, rows),), constants, _each(problem, many), registers)
     read = _bytes(problem.x_dtype) + _bytes(problem.residual_dtype)
     read_back = problem.residual_out_dtype is not None and not rounded and _bytes(problem.residual_out_dtype) < read
@@ -161,7 +162,7 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
         if item > 2 or two or problem.spec.subtract_mean:
             registers = MOST_REGISTERS if item > 2 and two else MANY_REGISTERS
         steps = (_step(problem, "backward_rows", (parts,), constants | shape, ELEMENTS_EACH, registers),)
-    elif columns * 2 * item <= BACKWARD_TWICE_BYTES:
+    elif _looks_twice(problem, columns, item, two):
         parts, rows_per_program = _parts(problem, 1, columns)
         # with two sums a thread has registers for fewer elements at a time
         pieces = 4 if (two or problem.spec.subtract_mean) and _warp_size(problem) == 32 else 2
@@ -171,6 +172,14 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
     else:
         return _long_backward_plan(problem, wanted, constants)
     return BackwardPlan(parts, rows_per_program, 0, steps, _total_step(problem))
+
+
+def _looks_twice(problem: Problem, columns: int, item: int, two: bool) -> bool:
+    """Say whether a program has caches for a row, to look at it twice, and registers for its sums."""
+    # two sums of 16384 take half of all registers: with a weight of 32 bits the rest is too little, and for RMSNorm as well
+    crowded = two and columns > BACKWARD_LONGEST_WITH_DBIAS
+    fits = problem.spec.subtract_mean and _bytes(problem.weight_dtype) == 2
+    return columns * 2 * item <= BACKWARD_TWICE_BYTES and (fits or not crowded)
 
 
 def _long_backward_plan(problem: Problem, wanted: Wanted, constants: dict[str, int | str | bool]) -> BackwardPlan:
