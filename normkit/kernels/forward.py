@@ -51,7 +51,7 @@ def forward_rows(
         # another hint to the caches, or the compiler would hold what it has loaded already
         again = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_last")
         _keep_statistics(rounded(again, residual_out_ptr), mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
-    h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "")
+    h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_first")
     kept = rounded(h, residual_out_ptr)
     store_rows(residual_out_ptr, kept, residual_out_start + column, mask, "")
     if rstd_ptr is not None and not AGAIN:
