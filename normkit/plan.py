@@ -16,6 +16,8 @@ from .spec import Problem
 # A block of about this many elements gives every thread of a program work enough to hide the latency of memory.
 TILE_ELEMENTS = 2048
 MAX_THREADS = 1024
+# HIP counts the threads of a launch along an axis, not its programs, in 32 bits; the last program may have fewer rows.
+MOST_THREADS_OF_A_LAUNCH = 2**32 - 2 * MAX_THREADS
 # Elements for each thread: two to four 128-bit loads of each operand. On NVIDIA's, rows of this size and longer have 32: what a
 # thread needs besides is then shared by more, and more bytes are on their way at once (bfloat16 rows of 8192, RMSNorm forward:
 # 62 registers, 4 programs to a multiprocessor; with 16 each 34, and 3). AMD's have registers enough either way.
@@ -95,6 +97,9 @@ def supports(problem: Problem) -> Rejected | None:
         return Rejected("the Triton kernels compute in float32, which is not enough for float64")
     if problem.hidden_size > 2**30:
         return Rejected(f"the Triton kernels index a row with 32 bits, and hidden_size is {problem.hidden_size}")
+    threads = problem.rows * _next_power_of_2(problem.hidden_size) // ELEMENTS_EACH
+    if problem.platform == "rocm" and threads > MOST_THREADS_OF_A_LAUNCH:
+        return Rejected(f"a launch on ROCm has fewer than 2**32 threads, and {problem.rows} such rows would take {threads}")
     if problem.in_place and problem.layout == "strided":
         return Rejected("in place, the Triton kernels need unit stride along the row, and rows reached by two nested loops")
     return None
@@ -130,6 +135,8 @@ def forward_plan(problem: Problem) -> Step:
         return _step(problem, "forward_rows", (_ceil(problem.rows, rows),), constants, _each(problem, many), registers)
     read = _bytes(problem.x_dtype) + _bytes(problem.residual_dtype)
     read_back = problem.residual_out_dtype is not None and not rounded and _bytes(problem.residual_out_dtype) < read
+    # it takes a barrier that orders global memory within a program, which the code for NVIDIA's and AMD's is known to have
+    read_back = read_back and problem.platform != "xpu"
     block = LONG_ROW_BLOCK[problem.spec.kind]
     constants |= {"BLOCK_N": block, "READ_BACK": read_back, "TWO_STATISTICS": problem.needs_grad and rounded}
     return _step(problem, "forward_long", (problem.rows,), constants, block // MAX_THREADS, FEW_REGISTERS)

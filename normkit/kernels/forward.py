@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .rows import load_h, rounded, row_start, statistics, store_rows, weighted
+from .rows import at, load_h, rounded, row_start, statistics, store_rows, weighted
 
 
 @triton.jit(do_not_specialize=["rows", "inner_rows"])
@@ -36,7 +36,7 @@ def forward_rows(
 ):
     """Each program normalises BLOCK_M whole rows, held in registers: every element is read once and written once.
 
-    With AGAIN the statistics for a backward pass are of h as computed before, where registers do not hold it and its rounding.
+    With AGAIN the statistics for a backward pass come first, and the rows are read again for y: registers do not hold both.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)[None, :]
@@ -48,12 +48,12 @@ def forward_rows(
     residual_out_start = residual_start if IN_PLACE else row[:, None] * HIDDEN
 
     if rstd_ptr is not None and AGAIN:
-        # another hint to the caches, or the compiler would hold what it has loaded already
+        # by other addresses and with another hint, or the compiler would hold what it has loaded already
         again = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_last")
         _keep_statistics(rounded(again, residual_out_ptr), mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
-    h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_first")
+    h = load_h(at(x_ptr, x_start), at(residual_ptr, residual_start), column, column, mask, "evict_first")
     kept = rounded(h, residual_out_ptr)
-    store_rows(residual_out_ptr, kept, residual_out_start + column, mask, "")
+    store_rows(at(residual_out_ptr, residual_out_start), kept, column, mask, "")
     if rstd_ptr is not None and not AGAIN:
         # first, as then less is held at once
         _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
@@ -61,7 +61,7 @@ def forward_rows(
         h = kept
     h, _, rstd = statistics(h, mask, eps, HIDDEN, SUBTRACT_MEAN)
     y = weighted(h * rstd[:, None], x_ptr, weight_ptr, bias_ptr, weight_offset, column, column < HIDDEN, ROUNDING)
-    store_rows(y_ptr, y, y_start + column, mask, "")
+    store_rows(at(y_ptr, y_start), y, column, mask, "")
 
 
 @triton.jit

@@ -19,7 +19,7 @@ def row_start(row, inner_rows, outer, inner, HIDDEN: tl.constexpr, CONTIGUOUS: t
 
 @triton.jit
 def at(ptr, start):
-    """Return the address of a row, where there is an array."""
+    """Return the address of a row, or None where there is no array: from there on, 32 bits count elements."""
     if ptr is not None:
         ptr = ptr + start
     return ptr
