@@ -43,9 +43,10 @@ LONGEST = {
     "float32": (plan.BACKWARD_LONGEST_ROW, plan.BACKWARD_LONGEST_WITH_DBIAS, plan.FORWARD_LONGEST_ROW // 2),
 }
 # Several rows in a program, the first size with one, and rows longer than a program holds.
-OTHERS = (plan.TILE_ELEMENTS // 2, plan.TILE_ELEMENTS, 9000, 2**20)
-# Bytes that the assembler keeps in memory though it has registers left, so that more programs run at once.
-CHOSEN_BYTES = 16
+OTHERS = (512, plan.TILE_ELEMENTS // 2, plan.TILE_ELEMENTS, 9000, 2**16, 2**20)
+# One register, for which a stack has 8 bytes: so much the assembler may keep in memory though it has registers left, so that
+# more programs run at once.
+CHOSEN_BYTES = 8
 
 
 class Configuration(NamedTuple):
@@ -170,9 +171,9 @@ def test_no_vector_crosses_the_end_of_an_odd_row() -> None:
     assert result.load.narrow > 0 and result.store.narrow > 0
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_too_few_warps_are_seen_to_spill(arch: str) -> None:
-    problem = _at(plan.FORWARD_LONGEST_ROW, "cuda", "layer", "bfloat16", residual=True)
+@pytest.mark.parametrize(("arch", "size"), [("sm_90", 8192), ("gfx942", 16384)])
+def test_too_few_warps_are_seen_to_spill(arch: str, size: int) -> None:
+    problem = _at(size, "cuda", "layer", "bfloat16", residual=True)
     step = plan.forward_plan(problem)
     few = Step(step.kernel, step.grid, step.constants, num_warps=1)
     result = measure(few, operand_dtypes(problem), arch)
