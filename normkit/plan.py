@@ -20,7 +20,7 @@ MAX_THREADS = 1024
 MOST_THREADS_OF_A_LAUNCH = 2**32 - 2 * MAX_THREADS
 # Elements for each thread: two to four 128-bit loads of each operand. On NVIDIA's, rows of this size and longer have 32: what a
 # thread needs besides is then shared by more, and more bytes are on their way at once (bfloat16 rows of 8192, RMSNorm forward:
-# 62 registers, 4 programs to a multiprocessor; with 16 each 34, and 3). AMD's have registers enough either way.
+# 59 registers, 4 programs to a multiprocessor; with 16 each 40, and 3). AMD's have registers enough either way.
 ELEMENTS_EACH, MANY_ELEMENTS_EACH = 16, 32
 MANY_FROM = 8192
 # The longest rows that a program holds: with 1024 threads of 64 registers, of which 32 hold h. Up to half of that there is

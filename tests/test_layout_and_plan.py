@@ -131,6 +131,21 @@ def test_backward_plans_deal_out_all_rows(hidden: int) -> None:
         assert plan.blocks == (-(-hidden // 512) if "backward_long" in kernels else 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight", "steps"),
+    [
+        ("layer", "bfloat16", ["backward_twice"]),
+        ("layer", "float32", ["backward_columns", "backward_long"]),
+        ("rms", "bfloat16", ["backward_columns", "backward_long"]),
+    ],
+)
+def test_two_sums_of_long_rows_take_the_form_that_registers_allow(kind: str, weight: str, steps: list[str]) -> None:
+    x, affine = Operand((64, 16384), "bfloat16"), Operand((16384,), weight)
+    problem = describe(NormSpec(kind), x, x, affine, affine, platform="cuda", arch="sm_90")
+    plan = backward_plan(problem, Wanted(True, True, True, True))
+    assert [step.kernel for step in plan.steps] == steps
+
+
 @pytest.mark.parametrize("hidden", [1024, 4096, 8192, 16384, 65536])
 def test_partial_sums_are_a_small_share_unless_parts_are_few(hidden: int) -> None:
     for rows in ROWS[1:]:
