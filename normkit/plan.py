@@ -184,7 +184,7 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
 def _looks_twice(problem: Problem, columns: int, item: int, two: bool) -> bool:
     """Say whether a program has caches for a row, to look at it twice, and registers for its sums."""
     # two sums of 16384 take half of all registers: with a weight of 32 bits the rest is too little, and for RMSNorm as well
-    crowded = two and columns > BACKWARD_LONGEST_WITH_DBIAS
+    crowded = two and columns > BACKWARD_LONGEST_WITH_DBIAS and _warp_size(problem) == 32
     fits = problem.spec.subtract_mean and _bytes(problem.weight_dtype) == 2
     return columns * 2 * item <= BACKWARD_TWICE_BYTES and (fits or not crowded)
 
