@@ -86,7 +86,7 @@ def program(change: Change, contest: Contest) -> Program:
 
 def alternatives(step: Step, rows: int) -> Iterator[tuple[str, Step]]:
     """Yield steps with half and twice as much of what the plan chose, by what was changed."""
-    blocks = {name: int(step.constants[name]) for name in ("BLOCK_M", "BLOCK_N") if name in step.constants}
+    blocks: dict[str, int] = {name: int(step.constants[name]) for name in ("BLOCK_M", "BLOCK_N") if name in step.constants}
     # a block that holds whole rows cannot be shorter, and a longer one would hold nothing more
     tuned = [name for name, size in blocks.items() if name == "BLOCK_M" or size < int(step.constants["HIDDEN"])]
     for factors in itertools.product((0.5, 1, 2), repeat=1 + len(tuned)):
