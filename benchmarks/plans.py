@@ -86,13 +86,18 @@ def program(change: Change, contest: Contest) -> Program:
 
 def alternatives(step: Step, rows: int) -> Iterator[tuple[str, Step]]:
     """Yield steps with half and twice as much of what the plan chose, by what was changed."""
-    blocks = {name: int(step.constants[name]) for name in ("BLOCK_M", "BLOCK_N") if name in step.constants}
+    blocks: dict[str, int] = {name: int(step.constants[name]) for name in ("BLOCK_M", "BLOCK_N") if name in step.constants}
     # a block that holds whole rows cannot be shorter, and a longer one would hold nothing more
     tuned = [name for name, size in blocks.items() if name == "BLOCK_M" or size < int(step.constants["HIDDEN"])]
     for factors in itertools.product((0.5, 1, 2), repeat=1 + len(tuned)):
         num_warps = int(step.num_warps * factors[0])
         sizes = blocks | {name: int(blocks[name] * factor) for name, factor in zip(tuned, factors[1:], strict=True)}
-        fits = math.prod(sizes.values()) <= MOST_ELEMENTS_OF_A_THREAD * 32 * num_warps
+        held = math.prod(sizes.values())
+        if "PIECES" in step.constants:
+            # as many as make up the row, two of which are looked at at once
+            sizes["PIECES"] = int(step.constants["PIECES"]) * blocks["BLOCK_N"] // sizes["BLOCK_N"] // 2 * 2
+            held *= sizes["PIECES"]
+        fits = held <= MOST_ELEMENTS_OF_A_THREAD * 32 * num_warps
         if fits and num_warps <= 32 and all(sizes.values()) and set(factors) != {1}:
             other = with_constants(step, step.constants | sizes, num_warps, rows)
             yield described(other), other
@@ -115,7 +120,7 @@ def with_constants(step: Step, constants: dict[str, Any], num_warps: int, rows: 
     def axis(programs: int) -> int:
         for size, block, covers in (
             (rows, "BLOCK_M", "rows" in names and "rows_per_program" not in names),
-            (int(constants["HIDDEN"]), "BLOCK_N", programs != rows),
+            (int(constants["HIDDEN"]), "BLOCK_N", programs != rows and "PIECES" not in constants),
         ):
             if covers and block in constants and programs == -(-size // int(step.constants[block])):
                 return -(-size // int(constants[block]))

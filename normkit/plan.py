@@ -16,9 +16,11 @@ from .spec import Problem
 # A block of about this many elements gives every thread of a program work enough to hide the latency of memory.
 TILE_ELEMENTS = 2048
 MAX_THREADS = 1024
+# HIP counts the threads of a launch along an axis, not its programs, in 32 bits; the last program may have fewer rows.
+MOST_THREADS_OF_A_LAUNCH = 2**32 - 2 * MAX_THREADS
 # Elements for each thread: two to four 128-bit loads of each operand. On NVIDIA's, rows of this size and longer have 32: what a
 # thread needs besides is then shared by more, and more bytes are on their way at once (bfloat16 rows of 8192, RMSNorm forward:
-# 62 registers, 4 programs to a multiprocessor; with 16 each 34, and 3). AMD's have registers enough either way.
+# 59 registers, 4 programs to a multiprocessor; with 16 each 40, and 3). AMD's have registers enough either way.
 ELEMENTS_EACH, MANY_ELEMENTS_EACH = 16, 32
 MANY_FROM = 8192
 # The longest rows that a program holds: with 1024 threads of 64 registers, of which 32 hold h. Up to half of that there is
@@ -95,6 +97,9 @@ def supports(problem: Problem) -> Rejected | None:
         return Rejected("the Triton kernels compute in float32, which is not enough for float64")
     if problem.hidden_size > 2**30:
         return Rejected(f"the Triton kernels index a row with 32 bits, and hidden_size is {problem.hidden_size}")
+    threads = problem.rows * _next_power_of_2(problem.hidden_size) // ELEMENTS_EACH
+    if problem.platform == "rocm" and threads > MOST_THREADS_OF_A_LAUNCH:
+        return Rejected(f"a launch on ROCm has fewer than 2**32 threads, and {problem.rows} such rows would take {threads}")
     if problem.in_place and problem.layout == "strided":
         return Rejected("in place, the Triton kernels need unit stride along the row, and rows reached by two nested loops")
     return None
@@ -125,10 +130,13 @@ def forward_plan(problem: Problem) -> Step:
         again = problem.needs_grad and rounded and columns > FORWARD_LONGEST_WITH_BOTH
         constants |= {"BLOCK_M": rows, "BLOCK_N": columns, "AGAIN": again}
         many = columns >= MANY_FROM
-        registers = MANY_REGISTERS if many and (problem.spec.subtract_mean or not narrow) else FEW_REGISTERS
+        more = problem.spec.subtract_mean or problem.bias_dtype is not None or not narrow
+        registers = MANY_REGISTERS if many and more else FEW_REGISTERS
         return _step(problem, "forward_rows", (_ceil(problem.rows, rows),), constants, _each(problem, many), registers)
     read = _bytes(problem.x_dtype) + _bytes(problem.residual_dtype)
     read_back = problem.residual_out_dtype is not None and not rounded and _bytes(problem.residual_out_dtype) < read
+    # it takes a barrier that orders global memory within a program, which the code for NVIDIA's and AMD's is known to have
+    read_back = read_back and problem.platform != "xpu"
     block = LONG_ROW_BLOCK[problem.spec.kind]
     constants |= {"BLOCK_N": block, "READ_BACK": read_back, "TWO_STATISTICS": problem.needs_grad and rounded}
     return _step(problem, "forward_long", (problem.rows,), constants, block // MAX_THREADS, FEW_REGISTERS)
@@ -161,7 +169,7 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
         if item > 2 or two or problem.spec.subtract_mean:
             registers = MOST_REGISTERS if item > 2 and two else MANY_REGISTERS
         steps = (_step(problem, "backward_rows", (parts,), constants | shape, ELEMENTS_EACH, registers),)
-    elif columns * 2 * item <= BACKWARD_TWICE_BYTES:
+    elif _looks_twice(problem, columns, item, two):
         parts, rows_per_program = _parts(problem, 1, columns)
         # with two sums a thread has registers for fewer elements at a time
         pieces = 4 if (two or problem.spec.subtract_mean) and _warp_size(problem) == 32 else 2
@@ -171,6 +179,14 @@ def backward_plan(problem: Problem, wanted: Wanted) -> BackwardPlan:
     else:
         return _long_backward_plan(problem, wanted, constants)
     return BackwardPlan(parts, rows_per_program, 0, steps, _total_step(problem))
+
+
+def _looks_twice(problem: Problem, columns: int, item: int, two: bool) -> bool:
+    """Say whether a program has caches for a row, to look at it twice, and registers for its sums."""
+    # two sums of 16384 take half of all registers: with a weight of 32 bits the rest is too little, and for RMSNorm as well
+    crowded = two and columns > BACKWARD_LONGEST_WITH_DBIAS and _warp_size(problem) == 32
+    fits = problem.spec.subtract_mean and _bytes(problem.weight_dtype) == 2
+    return columns * 2 * item <= BACKWARD_TWICE_BYTES and (fits or not crowded)
 
 
 def _long_backward_plan(problem: Problem, wanted: Wanted, constants: dict[str, int | str | bool]) -> BackwardPlan:

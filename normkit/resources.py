@@ -36,21 +36,6 @@ def shared_memory(step: Step, platform: str) -> int:
     return SHARED_MEMORY["rocm" if platform == "rocm" else "cuda"] // step.programs - own
 
 
-def spilled_bytes(step: Step) -> int:
-    """Return the bytes of a thread that may be kept in local memory, which is the L1 cache, for want of registers.
-
-    None but at the two limits of the plan, where the alternative would be to read the rows from memory once more: LayerNorm
-    backward of 16384 elements, where with a bias two sums take half of all registers (24 KB beside 128 KB of a row); and
-    LayerNorm forward of rows that are computed again (8 KB beside 256 KB).
-    """
-    constants = step.constants
-    if step.kernel == "backward_twice" and constants["PIECES"] == 4:
-        return 48
-    if step.kernel == "forward_rows" and constants["AGAIN"] and constants["SUBTRACT_MEAN"]:
-        return 8
-    return 0
-
-
 def reads(step: Step, present: Mapping[str, object]) -> dict[str, int]:
     """Return how often a step reads each element of each array that has rows; once, where it is not said otherwise.
 

@@ -104,7 +104,7 @@ def row_bytes(step: Step, dtypes: Mapping[str, str | None]) -> dict[str, int]:
         "forward_rows": (("x", "residual") * again, ("y", "residual_out")),
         "forward_long": (("x", "residual", *(("residual_out",) if back else ("x", "residual"))), ("y", "residual_out")),
         "backward_rows": (("dy", "h") + ("dresidual_out",) * with_dh, ("dx", "dresidual")),
-        "backward_twice": (("dy", "h") * (1 + with_dh) + ("dresidual_out",) * with_dh, ("dx", "dresidual")),
+        "backward_twice": (("dy", "h") + ("dresidual_out",) * with_dh, ("dx", "dresidual")),
         "backward_long": (("dy", "h", "dresidual_out"), ("dx", "dresidual")),
         "backward_columns": (("dy", "h"), ()),
         "sum_partials": (("partial",), ()),
@@ -117,7 +117,9 @@ def row_bytes(step: Step, dtypes: Mapping[str, str | None]) -> dict[str, int]:
     def total(names: tuple[str, ...]) -> int:
         return sum(rows * columns * numpy_dtype(dtype).itemsize for dtype in map(dtypes.get, names) if dtype is not None)
 
-    return {"load": total(loaded), "store": total(stored)}
+    # the first look takes two pieces at a time, in a loop
+    looped = total(("dy", "h")) * 2 // int(step.constants["PIECES"]) if with_dh and step.kernel == "backward_twice" else 0
+    return {"load": total(loaded) + looped, "store": total(stored)}
 
 
 def _only(pattern: str, text: str) -> str:

@@ -169,6 +169,10 @@ def test_alternatives_have_the_grid_that_goes_with_them() -> None:
         assert {other.grid for _, other in plans.alternatives(step, count)} == {(64,)}
     columns = Step("backward_columns", (64, 7), {"HIDDEN": 2**14, "BLOCK_N": 256}, 1)
     assert {other.grid for _, other in plans.alternatives(columns, 500)} == {(128, 7), (64, 7), (32, 7)}
+    twice = Step("backward_twice", (4,), {"HIDDEN": 16384, "BLOCK_N": 4096, "PIECES": 4}, 16)
+    others = [other for _, other in plans.alternatives(twice, 300)]
+    pieces = {(*other.grid, other.constants["BLOCK_N"], other.constants["PIECES"]) for other in others}
+    assert pieces == {(4, 2048, 8), (4, 4096, 4), (4, 8192, 2)}
 
 
 def test_no_alternative_spills_or_has_more_threads_than_there_are() -> None:

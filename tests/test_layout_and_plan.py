@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -130,6 +131,21 @@ def test_backward_plans_deal_out_all_rows(hidden: int) -> None:
         assert plan.blocks == (-(-hidden // 512) if "backward_long" in kernels else 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight", "steps"),
+    [
+        ("layer", "bfloat16", ["backward_twice"]),
+        ("layer", "float32", ["backward_columns", "backward_long"]),
+        ("rms", "bfloat16", ["backward_columns", "backward_long"]),
+    ],
+)
+def test_two_sums_of_long_rows_take_the_form_that_registers_allow(kind: str, weight: str, steps: list[str]) -> None:
+    x, affine = Operand((64, 16384), "bfloat16"), Operand((16384,), weight)
+    problem = describe(NormSpec(kind), x, x, affine, affine, platform="cuda", arch="sm_90")
+    plan = backward_plan(problem, Wanted(True, True, True, True))
+    assert [step.kernel for step in plan.steps] == steps
+
+
 @pytest.mark.parametrize("hidden", [1024, 4096, 8192, 16384, 65536])
 def test_partial_sums_are_a_small_share_unless_parts_are_few(hidden: int) -> None:
     for rows in ROWS[1:]:
@@ -162,3 +178,21 @@ def test_what_the_kernels_cannot_compute() -> None:
     ):
         rejected = supports(problem)
         assert rejected is not None and reason in rejected.reason
+
+
+@pytest.mark.parametrize("hidden", [*HIDDEN, 513, 2049, 40000])
+def test_no_launch_on_rocm_has_more_threads_than_hip_counts(hidden: int) -> None:
+    accepted, rejected = 1, 2**40
+    while rejected - accepted > 1:
+        rows = (accepted + rejected) // 2
+        reason = supports(replace(_problem(hidden, rows), platform="rocm", arch="gfx942"))
+        assert reason is None or "threads" in reason.reason
+        accepted, rejected = (rows, rejected) if reason is None else (accepted, rows)
+    assert supports(_problem(hidden, rejected)) is None, "CUDA counts programs"
+    for kind in ("rms", "layer"):
+        problem = replace(_problem(hidden, accepted, kind), platform="rocm", arch="gfx942")
+        backward = backward_plan(problem, Wanted(True, True, True, True))
+        for step in (forward_plan(problem), *backward.steps, backward.total):
+            assert all(64 * step.num_warps * programs < 2**32 for programs in step.grid[:1])
+    # 32 GiB of x in bfloat16 at the least
+    assert accepted * hidden >= 2**34

@@ -8,7 +8,7 @@ x_hat g and of g over the block. `backward_long` adds up the shares of a row and
 import triton
 import triton.language as tl
 
-from .backward import load_or_none, look
+from .backward import load_or_zero, look, look_at_rows
 from .rows import row_start, store_rows
 
 
@@ -45,18 +45,15 @@ def backward_columns(
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # the sum of dy alone needs nothing of h
     needed_ptr = None if dweight_ptr is None and x_hat_g_ptr is None else h_ptr
+    pointers, statistics = (dy_ptr, needed_ptr, weight_ptr), (mean_ptr, rstd_ptr)
+    strides = (dy_outer, dy_inner, h_outer, h_inner)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     while first < last:
         row = first + tl.arange(0, BLOCK_M)
         in_rows = row < last
-        mask = in_rows[:, None] & (column < HIDDEN)
-        dy_offset = row_start(row, inner_rows, dy_outer, dy_inner, HIDDEN, CONTIGUOUS)[:, None] + column
-        h_offset = row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)[:, None] + column
-        rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
-        mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None] if SUBTRACT_MEAN else 0.0
-        dy, x_hat, g = look(
-            dy_ptr, needed_ptr, weight_ptr, (dy_offset, h_offset), column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, ""
+        dy, x_hat, g, _, _ = look_at_rows(
+            pointers, statistics, strides, row, in_rows, column, inner_rows, weight_offset, HIDDEN, SUBTRACT_MEAN, CONTIGUOUS
         )
         if dweight_ptr is not None:
             dweight += dy * x_hat
@@ -119,13 +116,12 @@ def backward_long(
     stream = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS) + column
     rstd = tl.load(rstd_ptr + row)
     mean = tl.load(mean_ptr + row) if SUBTRACT_MEAN else 0.0
-    _, x_hat, g = look(
-        dy_ptr, h_ptr, weight_ptr, (dy_offset, h_offset), column, mean, rstd, weight_offset, mask, SUBTRACT_MEAN, "evict_first"
-    )
-    dresidual_out = load_or_none(dresidual_out_ptr, stream, mask)
+    pointers, offsets = (dy_ptr, h_ptr, weight_ptr), (dy_offset, h_offset)
+    _, x_hat, g = look(pointers, offsets, column, mask, mean, rstd, weight_offset, SUBTRACT_MEAN, "evict_first")
+    dresidual_out = load_or_zero(dresidual_out_ptr, stream, mask)
     dh = g - x_hat * (_total(x_hat_g_ptr, row, BLOCKS) / HIDDEN)
     if SUBTRACT_MEAN:
         dh -= _total(g_ptr, row, BLOCKS) / HIDDEN
-    dh = dh * rstd + dresidual_out
+    dh = dh * rstd + dresidual_out.to(tl.float32)
     store_rows(dx_ptr, dh, row * HIDDEN + column, mask, "")
     store_rows(dresidual_ptr, dh, row * HIDDEN + column, mask, "")

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .rows import load_h, rounded, row_start, statistics, store_rows, weighted
+from .rows import at, load_h, rounded, row_start, statistics, store_rows, weighted
 
 
 @triton.jit(do_not_specialize=["rows", "inner_rows"])
@@ -36,7 +36,7 @@ def forward_rows(
 ):
     """Each program normalises BLOCK_M whole rows, held in registers: every element is read once and written once.
 
-    With AGAIN the statistics for a backward pass are of h as computed again, where registers do not hold it and its rounding.
+    With AGAIN the statistics for a backward pass come first, and the rows are read again for y: registers do not hold both.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)[None, :]
@@ -47,9 +47,13 @@ def forward_rows(
     y_start = x_start if IN_PLACE else row[:, None] * HIDDEN
     residual_out_start = residual_start if IN_PLACE else row[:, None] * HIDDEN
 
-    h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "")
+    if rstd_ptr is not None and AGAIN:
+        # by other addresses and with another hint, or the compiler would hold what it has loaded already
+        again = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_last")
+        _keep_statistics(rounded(again, residual_out_ptr), mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
+    h = load_h(at(x_ptr, x_start), at(residual_ptr, residual_start), column, column, mask, "evict_first")
     kept = rounded(h, residual_out_ptr)
-    store_rows(residual_out_ptr, kept, residual_out_start + column, mask, "")
+    store_rows(at(residual_out_ptr, residual_out_start), kept, column, mask, "")
     if rstd_ptr is not None and not AGAIN:
         # first, as then less is held at once
         _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
@@ -57,12 +61,7 @@ def forward_rows(
         h = kept
     h, _, rstd = statistics(h, mask, eps, HIDDEN, SUBTRACT_MEAN)
     y = weighted(h * rstd[:, None], x_ptr, weight_ptr, bias_ptr, weight_offset, column, column < HIDDEN, ROUNDING)
-    store_rows(y_ptr, y, y_start + column, mask, "")
-    if rstd_ptr is not None and AGAIN:
-        # another hint to the caches, or the compiler would hold what it has loaded already
-        again = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_first")
-        kept = rounded(again, residual_out_ptr)
-        _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
+    store_rows(at(y_ptr, y_start), y, column, mask, "")
 
 
 @triton.jit
@@ -112,29 +111,13 @@ def forward_long(
     y_start = x_start if IN_PLACE else row * HIDDEN
     residual_out_start = residual_start if IN_PLACE else row * HIDDEN
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    FIRST: tl.constexpr = "evict_first" if READ_BACK else "evict_last"
-    lanes = tl.zeros((BLOCK_N,), tl.float32)
-    mean, squares, kept_means, kept_squares = lanes, lanes, lanes, lanes
     # the compiler does not know that this is 0: it would unroll loops of few blocks, and keep more than registers hold
     zero = tl.minimum(inner_rows, 0)
-    block = zero
-    while block < BLOCKS:
-        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = column < HIDDEN
-        h = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, FIRST)
-        kept = rounded(h, residual_out_ptr)
-        if READ_BACK:
-            store_rows(residual_out_ptr, kept, residual_out_start + column, mask, "evict_last")
-        block += 1
-        share = 1.0 / block
-        mean, squares = _observe(mean, squares, h if ROUNDING == "sum" else kept, mask, share, SUBTRACT_MEAN)
-        if TWO_STATISTICS:
-            kept_means, kept_squares = _observe(kept_means, kept_squares, kept, mask, share, SUBTRACT_MEAN)
-    mean, rstd = _merge(mean, squares, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN)
+    pointers, starts = (x_ptr, residual_ptr, residual_out_ptr), (x_start, residual_start, residual_out_start)
+    mean, rstd, kept_mean, kept_rstd = _long_statistics(
+        pointers, starts, zero, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN, ROUNDING, READ_BACK, TWO_STATISTICS
+    )
     if rstd_ptr is not None:
-        kept_mean, kept_rstd = mean, rstd
-        if TWO_STATISTICS:
-            kept_mean, kept_rstd = _merge(kept_means, kept_squares, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN)
         tl.store(rstd_ptr + row, kept_rstd)
         if mean_ptr is not None:
             tl.store(mean_ptr + row, kept_mean)
@@ -155,6 +138,45 @@ def forward_long(
                 h = kept
         y = weighted((h - mean) * rstd, x_ptr, weight_ptr, bias_ptr, weight_offset, column, mask, ROUNDING)
         store_rows(y_ptr, y, y_start + column, mask, "evict_first")
+
+
+@triton.jit
+def _long_statistics(
+    pointers,  # x, residual, residual_out
+    starts,  # of the row in each
+    zero,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUBTRACT_MEAN: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    READ_BACK: tl.constexpr,
+    TWO_STATISTICS: tl.constexpr,
+):
+    """Return mean and rstd of a row: those for y, and those for a backward pass."""
+    x_ptr, residual_ptr, residual_out_ptr = pointers
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    KEEP: tl.constexpr = "evict_first" if READ_BACK else "evict_last"
+    lanes = tl.zeros((BLOCK_N,), tl.float32)
+    mean, squares, kept_means, kept_squares = lanes, lanes, lanes, lanes
+    block = zero
+    while block < BLOCKS:
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = column < HIDDEN
+        h = load_h(x_ptr, residual_ptr, starts[0] + column, starts[1] + column, mask, KEEP)
+        kept = rounded(h, residual_out_ptr)
+        if READ_BACK:
+            store_rows(residual_out_ptr, kept, starts[2] + column, mask, "evict_last")
+        block += 1
+        share = 1.0 / block
+        mean, squares = _observe(mean, squares, h if ROUNDING == "sum" else kept, mask, share, SUBTRACT_MEAN)
+        if TWO_STATISTICS:
+            kept_means, kept_squares = _observe(kept_means, kept_squares, kept, mask, share, SUBTRACT_MEAN)
+    mean, rstd = _merge(mean, squares, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN)
+    kept_mean, kept_rstd = mean, rstd
+    if TWO_STATISTICS:
+        kept_mean, kept_rstd = _merge(kept_means, kept_squares, eps, HIDDEN, BLOCK_N, SUBTRACT_MEAN)
+    return mean, rstd, kept_mean, kept_rstd
 
 
 @triton.jit
