@@ -94,7 +94,7 @@ struct Level {
     void (*total)(float *partial, int64_t parts, int64_t padded, int64_t first, int64_t last, bool split, int64_t dtype, void *out);
 };
 
-constexpr int64_t MOST_IN_BATCH = 16;
+constexpr int64_t MOST_IN_BATCH = 16, MOST_TOGETHER = 8;
 
 // Elements of a row that are handled at once; sums have so many terms side by side, on every processor.
 constexpr int64_t BLOCK = 32;
