@@ -20,8 +20,15 @@ from . import allocate
 from .guarded import Bind, Run
 
 __all__ = [
-    *("backward", "backward_launcher", "backward_runner"),
-    *("forward", "forward_", "forward_into", "launcher", "runner", "supports"),
+    "backward",
+    "backward_launcher",
+    "backward_runner",
+    "forward",
+    "forward_",
+    "forward_into",
+    "launcher",
+    "runner",
+    "supports",
 ]
 
 _CPU = torch.device("cpu")

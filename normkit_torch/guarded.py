@@ -17,7 +17,7 @@ from normkit.cpu.prepared import Guarded
 from normkit.spec import Problem
 
 Bind = Callable[[tuple[int, ...]], Callable[[], None]]
-"""Takes the addresses of what `Guarded.pointers` names, contiguous, 0 for what there is not, and returns what runs the kernels."""
+"""Takes the addresses of what `Guarded.pointers` names, contiguous, 0 for what there is not; returns what runs the kernels."""
 
 Results = tuple[Any, Tensor | None, Tensor | None, Tensor | None, Problem]
 """y, residual_out, mean and rstd, as in `normkit.interface.Forward`, or the gradients of x, residual, weight and bias; and the

@@ -143,9 +143,7 @@ def keep(call: Call, problem: Problem, kernels: object, known_as: object = None)
     _latest[known] = ready
 
 
-def keep_backward(
-    known_as: tuple[object, ...], problem: Problem, wanted: Wanted, tensors: Arrays, kernels: object
-) -> None:
+def keep_backward(known_as: tuple[object, ...], problem: Problem, wanted: Wanted, tensors: Arrays, kernels: object) -> None:
     """Keep what was chosen for a backward pass, as `keep` does.
 
     Args:
@@ -167,7 +165,7 @@ def keep_backward(
         places=tuple(places),
         fits=_guard(given),
         make=make,
-        results=Gradients(*gradients).by_operand(problem),
+        results=tuple(position or 0 for position in Gradients(*gradients).by_operand(problem)),
         pointers=(*_positions(places), *gradients),
         pairs=(),
         written=(),
@@ -233,13 +231,11 @@ def _guarded(problem: Problem, tensors: Arrays) -> Guarded:
     writes = (0, 1) if problem.in_place else (4, 5)
     written = [place for place in writes if place in places]
     positions = _positions(places)
-    if problem.in_place:
-        results, make = (1, 2, 0, 0), ()
-    else:
-        statistics = problem.compute_dtype if problem.needs_grad else None
-        dtypes = [problem.out_dtype, problem.residual_out_dtype, statistics if problem.spec.subtract_mean else None, statistics]
-        shapes = [problem.shape] * 2 + [problem.shape[:-1]] * 2
-        results, make = _results([*positions[4:], 0, 0], shapes, dtypes, len(given), tensors[0].device)
+    statistics = problem.compute_dtype if problem.needs_grad else None
+    dtypes = [problem.out_dtype, problem.residual_out_dtype, statistics if problem.spec.subtract_mean else None, statistics]
+    shapes = [problem.shape] * 2 + [problem.shape[:-1]] * 2
+    given_at = [*(positions[place] for place in writes), 0, 0]
+    results, make = _results(given_at, shapes, dtypes, len(given), tensors[0].device)
     return Guarded(
         problem=problem,
         places=tuple(places),

@@ -40,6 +40,7 @@ def _nothing_prepared(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     prepared.forget()
     if request.param == "in Python":
         monkeypatch.setattr(cpu, "runner", lambda guarded: None)
+        monkeypatch.setattr(cpu, "backward_runner", lambda guarded: None)
 
 
 @pytest.fixture

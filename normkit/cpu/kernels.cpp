@@ -26,10 +26,8 @@ constexpr int64_t ITEMS_PER_THREAD = 8;
 constexpr int64_t SHARED_ROW = 4 * SUM_LENGTH;
 // Elements of the rows that are computed together: few enough for the first cache.
 constexpr int64_t IN_BATCH = 2048;
-#ifndef TOGETHER_
-#define TOGETHER_ 32768
-#endif
-constexpr int64_t TOGETHER = TOGETHER_;
+// And in the backward pass, where dy and h are read twice: few enough for the second cache.
+constexpr int64_t TOGETHER = 65536;
 
 // Bytes of results that are written past the caches, if not in place: they would not stay there, and would be read from memory first.
 #if !defined(STREAMED)
@@ -104,8 +102,7 @@ int64_t at_least(int64_t least, int64_t value) { return value < least ? least : 
 int64_t batch_of(int64_t padded) { return padded * MOST_IN_BATCH < IN_BATCH ? MOST_IN_BATCH : at_least(1, IN_BATCH / padded); }
 
 int64_t together(int64_t padded) {
-    int64_t rows = TOGETHER / padded;
-    return rows > MOST_TOGETHER ? MOST_TOGETHER : at_least(1, rows);
+    return padded * MOST_TOGETHER < TOGETHER ? MOST_TOGETHER : at_least(1, TOGETHER / padded);
 }
 
 bool streams(const Forward &call) {

@@ -21,8 +21,8 @@ _LAYOUT = Struct(f"=2q 4q {_MOST_POINTERS}q 2q q {4 * _MOST_PAIRS}q").pack
 class Guarded:
     """What is known of a call. Its arrays are x, residual, weight, bias, out and residual_out, some of which are given.
 
-    Those of a backward pass are dy, dresidual_out, h, weight, mean and rstd, and its results the gradients of x, residual, weight
-    and bias.
+    Those of a backward pass are dy, dresidual_out, h, weight, mean and rstd, and its results the gradients of x, residual,
+    weight and bias.
 
     Attributes:
         problem: the call, as it was described when it was prepared.
@@ -30,8 +30,8 @@ class Guarded:
         fits: whether these are like those of the call that was prepared.
         make: what makes the results that are not given.
         results: which of the arrays given, then made, counted from 1, are y, residual_out, mean and rstd; 0 for none.
-        pointers: which of them are x, residual, weight, bias, y, residual_out, mean and rstd; of a backward pass its arrays, dx,
-            dresidual, dweight and dbias.
+        pointers: which of them are x, residual, weight, bias, y, residual_out, mean and rstd; of a backward pass its arrays,
+            dx, dresidual, dweight and dbias.
         pairs: for each two of these that must not share memory: which one, its bytes, which other, its bytes.
         written: places, from 0, of the arrays given that are written to and have to be counted as that.
         address_of: returns the address of an array.
