@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
 from normkit.call import Arrays, Call
@@ -54,8 +53,8 @@ class _Norm(torch.autograd.Function):
         problem, implementation, asked = ctx.problem, ctx.implementation, ctx.needs_input_grad
         h, weight, mean, rstd = ctx.saved_tensors
         known_as = problem, implementation, asked
-        # what else there may be, the guard of a prepared call sees
-        if not (torch.is_grad_enabled() or is_dynamo_compiling() or _len_torch_dispatch_stack()):
+        # a dispatch mode, and what else there may be, the guard of a prepared pass sees
+        if not (torch.is_grad_enabled() or is_dynamo_compiling()):
             made = prepared.backward(known_as, (dy, dresidual_out, h, weight, mean, rstd))
             if made is not None:
                 return None, None, *made[:4]
