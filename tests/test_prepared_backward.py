@@ -25,7 +25,7 @@ import normkit_torch
 from normkit import DtypeError
 from normkit.cpu import library
 from normkit.errors import LaunchError
-from normkit_torch import add_layer_norm, add_rms_norm, cpu, gradient, layer_norm, operators, prepared
+from normkit_torch import add_layer_norm, add_rms_norm, cpu, dispatch, layer_norm, operators, prepared
 
 from .test_prepared import BF16, F16, F32, _nothing_prepared, assert_alike, chosen, rows
 
@@ -46,7 +46,7 @@ class Seen(TorchDispatchMode):
     """Notes the operators that it sees."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
@@ -275,8 +275,7 @@ def test_training_without_and_with_gradients_in_turn(chosen: list[str]) -> None:
         with torch.no_grad():
             for found, expected in zip(add_layer_norm(*given), plain, strict=True):
                 assert torch.equal(found, expected) and not found.requires_grad
-        found = add_layer_norm(*(tensor.detach() for tensor in given))
-        assert not any(result.requires_grad for result in found)
+        assert not any(result.requires_grad for result in add_layer_norm(*(tensor.detach() for tensor in given)))
     assert layer_norm(*given[:1]).requires_grad
 
 
@@ -293,5 +292,5 @@ def test_no_tensor_is_kept_alive() -> None:
 def test_an_operator_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     backward()
     monkeypatch.setattr(operators, "backward", None)
-    monkeypatch.setattr(gradient.dispatch, "backward", None)
+    monkeypatch.setattr(dispatch, "backward", None)
     backward()

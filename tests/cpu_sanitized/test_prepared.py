@@ -90,7 +90,8 @@ def test_both_passes(kind: str, shape: tuple[int, int], dtypes: tuple[str, str])
     expected = numpy.forward(problem, x, residual, weight, bias)
     assert_same_bits(found, expected)
 
-    _, h, mean, rstd = (None if each is None else np.array(each).view(Like) for each in expected)
+    saved: Any = [None if each is None else np.array(each).view(Like) for each in expected]
+    _, h, mean, rstd = saved
     dy, dresidual_out = array(shape, dtype, 4), array(shape, dtype, 5)
     of_backward = [shape] * 2 + [shape[1:]] * 2, (dtype, None, affine, affine if has_mean else None)
     found = run(problem, (dy, dresidual_out, h, weight, mean, rstd), *of_backward, 6, True)
