@@ -150,6 +150,7 @@ def backward(
     mean: Tensor | None,
     rstd: Tensor,
     implementation: str | None,
+    known_as: tuple[object, ...] | None = None,
 ) -> Gradients:
     """Choose an implementation and compute the gradients; they are contiguous.
 
@@ -157,16 +158,17 @@ def backward(
         problem: that of the forward call.
         implementation: one by name.
         wanted: as in `normkit.interface.Kernels.backward`; so are the others.
+        known_as: what passes like it are prepared by, as in `prepared.backward`; None for not at all.
     """
     _check_saved(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h}, weight, mean, rstd)
     layout = layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
     problem = problem if layout == problem.layout else replace(problem, layout=layout)
-    _, gradients = registry.compute(
-        problem,
-        TABLE,
-        implementation,
-        lambda kernels: kernels.backward(problem, wanted, dy, dresidual_out, h, weight, mean, rstd),
+    tensors = (dy, dresidual_out, h, weight, mean, rstd)
+    kernels, gradients = registry.compute(
+        problem, TABLE, implementation, lambda kernels: kernels.backward(problem, wanted, *tensors)
     )
+    if known_as is not None:
+        prepared.keep_backward(known_as, problem, wanted, tensors, kernels)
     return Gradients(*(None if gradient is None else gradient.contiguous() for gradient in gradients))
 
 

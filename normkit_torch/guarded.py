@@ -17,11 +17,11 @@ from normkit.cpu.prepared import Guarded
 from normkit.spec import Problem
 
 Bind = Callable[[tuple[int, ...]], Callable[[], None]]
-"""Takes the addresses of x, residual, weight, bias, y, residual_out, mean and rstd, contiguous, 0 for what there is not, and
-returns what runs the kernel on them."""
+"""Takes the addresses of what `Guarded.pointers` names, contiguous, 0 for what there is not; returns what runs the kernels."""
 
-Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Problem]
-"""y, residual_out, mean and rstd, as in `normkit.interface.Forward`, and the call as it was described when it was prepared."""
+Results = tuple[Any, Tensor | None, Tensor | None, Tensor | None, Problem]
+"""y, residual_out, mean and rstd, as in `normkit.interface.Forward`, or the gradients of x, residual, weight and bias; and the
+call as it was described when it was prepared."""
 
 Run = Callable[[Arrays], Results | None]
 """Computes a call; None if its tensors are not like those of the one that was prepared, or share memory that is written to."""

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from normkit.call import Arrays, Call, Options
 from normkit.cpu.prepared import Guarded
 from normkit.errors import LaunchError
+from normkit.interface import Gradients, Wanted
 from normkit.spec import Problem
 
 from . import allocate
@@ -101,32 +102,94 @@ def _search(known_as: object, tensors: Arrays, options: Options, needs_grad: boo
     return None
 
 
+def backward(known_as: tuple[object, ...], tensors: Arrays) -> Results | None:
+    """Compute gradients as they were computed before, in plain eager code; None if nothing like that was kept.
+
+    Args:
+        known_as: as for `keep_backward`.
+        tensors: dy, dresidual_out, h, weight, mean and rstd.
+
+    Returns:
+        The gradients of x, residual, weight and bias, then the problem.
+    """
+    try:
+        for threads, _, run, _ in _calls.get(known_as, ()):
+            made = run(tensors) if threads == get_num_threads() else None
+            if made is not None:
+                return made
+    except LaunchError:  # as in `forward`
+        forget()
+    return None
+
+
+set_code_exec_strategy(backward.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
 def keep(call: Call, problem: Problem, kernels: object, known_as: object = None) -> None:
     """Keep what was chosen for a call, where the implementation can launch it again by itself; `known_as` as in `forward`."""
-    launcher, runner = getattr(kernels, "launcher", None), getattr(kernels, "runner", None)
     function, tensors, options = call.parts()
-    given = [tensor for tensor in tensors if tensor is not None]
-    plain = type(call.x) is Tensor and all(map(_is_plain, given))
-    if launcher is None or not problem.rows or not plain or len(set(map(id, given))) < len(given):
-        return  # the last of these is what the guard takes to be another call
+    if not problem.rows or type(call.x) is not Tensor or not _can_be_guarded(tensors):
+        return
     if call.residual_out is not None and problem.residual_out_dtype is None:
         return  # x is copied there by other means than the kernel's
-    guarded = _guarded(problem, tensors)
-    run = runner(guarded) if runner else None
+    run = _run(_guarded(problem, tensors), kernels, "", call.x.device)
     if run is None:
-        bind = launcher(problem, call.x.device)
-        if bind is None:
-            return
-        run = in_python(guarded, bind)
-    ready = Prepared(get_num_threads(), any(tensor.requires_grad for tensor in given), run, problem)
-    if len(_calls) >= _MOST:
-        forget()
+        return
+    requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    ready = Prepared(get_num_threads(), requires_grad, run, problem)
     # 1.0, True and Decimal(1) are one key, and not all of them are right
     known = known_as or function, options, type(options[0]), type(options[1]), problem.needs_grad
-    alike = _calls.setdefault((*known, call.x.shape, call.x.dtype, *map(type, tensors)), [])
+    _keep((*known, call.x.shape, call.x.dtype, *map(type, tensors)), ready)
+    _latest[known] = ready
+
+
+def keep_backward(known_as: tuple[object, ...], problem: Problem, wanted: Wanted, tensors: Arrays, kernels: object) -> None:
+    """Keep what was chosen for a backward pass, as `keep` does.
+
+    Args:
+        known_as: what decides on all that the tensors themselves do not.
+        problem: the layout is that of the tensors.
+        wanted: the gradients.
+        tensors: as in `backward`.
+        kernels: the implementation's functions.
+    """
+    if not problem.rows or not _can_be_guarded(tensors):
+        return
+    device, hidden = tensors[0].device, problem.shape[-1:]
+    of_operands = problem.x_dtype, problem.residual_dtype, problem.weight_dtype, problem.bias_dtype
+    dtypes = [dtype if asked else None for dtype, asked in zip(of_operands, wanted, strict=True)]
+    places, given = _places(tensors)
+    gradients, make = _results([0] * 4, [problem.shape] * 2 + [hidden] * 2, dtypes, len(given), device)
+    guarded = Guarded(
+        problem=problem,
+        places=tuple(places),
+        fits=_guard(given),
+        make=make,
+        results=tuple(position or 0 for position in Gradients(*gradients).by_operand(problem)),
+        pointers=(*_positions(places), *gradients),
+        pairs=(),
+        written=(),
+        address_of=Tensor.data_ptr,
+        count_as_written=_increment_version,
+    )
+    run = _run(guarded, kernels, "backward_", wanted, tensors[1] is not None, device)
+    if run is not None:
+        _keep(known_as, Prepared(get_num_threads(), False, run, problem))
+
+
+def _run(guarded: Guarded, kernels: Any, pass_: str, *facts: object) -> Run | None:
+    runner, launcher = (getattr(kernels, f"{pass_}{name}", None) for name in ("runner", "launcher"))
+    run = runner(guarded) if runner else None
+    bind = launcher(guarded.problem, *facts) if launcher and run is None else None
+    return in_python(guarded, bind) if bind else run
+
+
+def _keep(key: tuple[object, ...], ready: Prepared) -> None:
+    if len(_calls) >= _MOST:
+        forget()
+    alike = _calls.setdefault(key, [])
     alike.insert(0, ready)
     del alike[_MOST_ALIKE:]
-    _latest[known] = ready
 
 
 def forget() -> None:
@@ -135,27 +198,51 @@ def forget() -> None:
     _latest.clear()
 
 
+def _can_be_guarded(tensors: Arrays) -> bool:
+    _, given = _places(tensors)
+    # a guard takes one tensor in two places for another call
+    return all(map(_is_plain, given)) and len(set(map(id, given))) == len(given)
+
+
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _guarded(problem: Problem, tensors: Arrays) -> Guarded:
+def _places(tensors: Arrays) -> tuple[list[int], list[Tensor]]:
     places = [place for place, tensor in enumerate(tensors) if tensor is not None]
-    given = [tensors[place] for place in places]
-    writes = (0, 1) if problem.in_place else (4, 5)
-    written = [place for place in writes if place in places]
+    return places, [tensors[place] for place in places]
+
+
+def _positions(places: list[int]) -> list[int]:
+    """Return for each of six tensors where it is among those given, from 1; 0 where it is not."""
+    return [places.index(place) + 1 if place in places else 0 for place in range(6)]
+
+
+def _guard(given: list[Tensor]) -> Callable[..., bool]:
     layouts: dict[str, Any] = {
         "dynamic_dims_sizes": [[*tensor.shape] for tensor in given],
         "dynamic_dims_strides": [[*tensor.stride()] for tensor in given],
     }
-    results, make = _results(problem, tensors[0].device, places)
+    return TensorGuards(*given, **layouts).check
+
+
+def _guarded(problem: Problem, tensors: Arrays) -> Guarded:
+    places, given = _places(tensors)
+    writes = (0, 1) if problem.in_place else (4, 5)
+    written = [place for place in writes if place in places]
+    positions = _positions(places)
+    statistics = problem.compute_dtype if problem.needs_grad else None
+    dtypes = [problem.out_dtype, problem.residual_out_dtype, statistics if problem.spec.subtract_mean else None, statistics]
+    shapes = [problem.shape] * 2 + [problem.shape[:-1]] * 2
+    given_at = [*(positions[place] for place in writes), 0, 0]
+    results, make = _results(given_at, shapes, dtypes, len(given), tensors[0].device)
     return Guarded(
         problem=problem,
         places=tuple(places),
-        fits=TensorGuards(*given, **layouts).check,
+        fits=_guard(given),
         make=make,
         results=results,
-        pointers=(*(places.index(place) + 1 if place in places else 0 for place in range(4)), *results),
+        pointers=(*positions[:4], *results),
         pairs=_pairs([0 if tensor is None else tensor.nbytes for tensor in tensors], written),
         written=tuple(place for place in written if not tensors[place].is_inference()),
         address_of=Tensor.data_ptr,
@@ -164,24 +251,17 @@ def _guarded(problem: Problem, tensors: Arrays) -> Guarded:
 
 
 def _results(
-    problem: Problem, device: torch.device, places: list[int]
+    given_at: list[int], shapes: list[tuple[int, ...]], dtypes: list[str | None], given: int, device: torch.device
 ) -> tuple[tuple[int, ...], tuple[Callable[[], Tensor], ...]]:
-    """Return where y, residual_out, mean and rstd are, as in `Guarded`, and what makes them."""
-    if problem.in_place:
-        return (1, 2, 0, 0), ()
-    statistics = problem.compute_dtype if problem.needs_grad else None
-    dtypes = problem.out_dtype, problem.residual_out_dtype, statistics if problem.spec.subtract_mean else None, statistics
-    shapes = [problem.shape] * 2 + [problem.shape[:-1]] * 2
+    """Return where four results are, as in `Guarded`, and what makes those that are not given and have a dtype."""
     results: list[int] = []
     make: list[Callable[[], Tensor]] = []
-    for place, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True), start=4):
-        if place in places:
-            results.append(places.index(place) + 1)
-        elif dtype is None:
-            results.append(0)
+    for position, shape, dtype in zip(given_at, shapes, dtypes, strict=True):
+        if position or dtype is None:
+            results.append(position)
         else:
             make.append(allocate.maker(shape, getattr(torch, dtype), device))
-            results.append(len(places) + len(make))
+            results.append(given + len(make))
     return tuple(results), tuple(make)
 
 

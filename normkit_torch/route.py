@@ -32,6 +32,9 @@ def compute(function: str, tensors: Arrays, options: Options) -> Any:
     # a transform that is active, and what else torch would do with the tensors, is seen by the guard of a prepared call
     if not (is_dynamo_compiling() or _len_torch_dispatch_stack() or forward_ad._current_level >= 0):
         made = prepared.forward(function, tensors, options)
+        if made is None and torch.is_grad_enabled():
+            made = prepared.forward(function, tensors, options, needs_grad=True)
+            made = made and gradient.attached(made, tensors, options[-1])
     if made is None:
         return _compute(Call.of(function, tensors, options))
     y, residual_out, _, _, _ = made
@@ -54,7 +57,7 @@ def _compute(call: Call) -> Any:
     if not plain:
         return operators.norm(call, grad)
     if grad:
-        return gradient.norm(call)
+        return call.result(gradient.norm(call))
     return call.result(dispatch.forward_into(call) if call.writes else dispatch.forward(call, needs_grad=False))
 
 

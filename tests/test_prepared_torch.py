@@ -225,9 +225,9 @@ def test_the_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) -> N
     prepared_for: list[int] = []
     packed = library.packed_without_pointers
 
-    def noting(problem: Problem, threads: int, openmp: tuple[int, int]) -> bytes:
+    def noting(problem: Problem, threads: int, *rest: Any, **options: Any) -> bytes:
         prepared_for.append(threads)
-        return packed(problem, threads, openmp)
+        return packed(problem, threads, *rest, **options)
 
     monkeypatch.setattr(library, "packed_without_pointers", noting)
     before = torch.get_num_threads()

@@ -59,7 +59,7 @@ static inline bool is_split(const Backward &call) {
 // What a call needs besides, from the thread that calls: memory for every worker, and parameters in float32.
 struct Scratch {
     float *rows;              // rows_per_worker for each worker
-    int64_t rows_per_worker;  // a batch, two more, and if results are streamed two batches of those
+    int64_t rows_per_worker;  // a batch, two more, and if results are streamed two batches of those; backward, three batches
     int64_t batch;            // rows that are computed together
     bool streams;             // whether results are written past the caches
     int64_t padded;           // hidden up to a whole number of blocks: the stride of all these rows
@@ -95,6 +95,10 @@ struct Level {
 };
 
 constexpr int64_t MOST_IN_BATCH = 16;
+
+// Rows of the backward pass that are computed together: more are slower, because the same places of as many rows, which are
+// often a power of two apart, compete for the same lines of the first cache.
+constexpr int64_t MOST_TOGETHER = 4;
 
 // Elements of a row that are handled at once; sums have so many terms side by side, on every processor.
 constexpr int64_t BLOCK = 32;

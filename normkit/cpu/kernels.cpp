@@ -26,6 +26,8 @@ constexpr int64_t ITEMS_PER_THREAD = 8;
 constexpr int64_t SHARED_ROW = 4 * SUM_LENGTH;
 // Elements of the rows that are computed together: few enough for the first cache.
 constexpr int64_t IN_BATCH = 2048;
+// And in the backward pass, where dy and h are read twice: few enough for the second cache.
+constexpr int64_t TOGETHER = 65536;
 
 // Bytes of results that are written past the caches, if not in place: they would not stay there, and would be read from memory first.
 #if !defined(STREAMED)
@@ -98,6 +100,10 @@ int64_t ceil_divide(int64_t numerator, int64_t denominator) { return (numerator 
 int64_t at_least(int64_t least, int64_t value) { return value < least ? least : value; }
 
 int64_t batch_of(int64_t padded) { return padded * MOST_IN_BATCH < IN_BATCH ? MOST_IN_BATCH : at_least(1, IN_BATCH / padded); }
+
+int64_t together(int64_t padded) {
+    return padded * MOST_TOGETHER < TOGETHER ? MOST_TOGETHER : at_least(1, TOGETHER / padded);
+}
 
 bool streams(const Forward &call) {
 #if !defined(NORMKIT_X86)
@@ -287,8 +293,8 @@ EXPORTED int normkit_backward(const Backward *arguments) {
     int64_t sums = (call.dweight ? parts : 0) + (call.dbias ? parts : 0);
     Scratch scratch{};
     scratch.padded = padded(call.hidden);
-    scratch.batch = 1;
-    scratch.rows_per_worker = 3;
+    scratch.batch = together(scratch.padded);
+    scratch.rows_per_worker = 3 * scratch.batch;
     scratch.rows = memory.floats((threads * scratch.rows_per_worker + 1 + sums) * scratch.padded);
     if (!scratch.rows) {
         return NO_MEMORY;

@@ -22,7 +22,6 @@ OWN_THREADS = (0, 0)
 _CODES = {None: 0, "float32": 0, "bfloat16": 1, "float16": 2}
 _ROUNDINGS = {None: 0, "sum": 0, "stored": 1, "hf": 2}
 # the fields of the structs of arguments.hpp
-_POINTERS = Struct("=8q")
 _FORWARD = Struct("=8q q 8q 3q 2d 6q 5q").pack
 _BACKWARD = Struct("=10q q 6q 3q d 7q 3q").pack
 # elements of a call that is done in some ten microseconds
@@ -36,6 +35,7 @@ class Library(NamedTuple):
         forward: takes the bytes of a struct and returns 0.
         quick_forward: the same, for which no other Python thread runs meanwhile: to let go of the interpreter takes its time.
         backward: as forward.
+        quick_backward: as quick_forward.
         prepare: see `normkit.cpu.prepared`; None where the functions of CPython that it calls are not there.
         levels: the levels of instructions there are.
         ffi_forward: forward as a handler of custom calls of XLA, whose address alone is of use.
@@ -46,6 +46,7 @@ class Library(NamedTuple):
     forward: Callable[[bytes], int]
     quick_forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
+    quick_backward: Callable[[bytes], int]
     prepare: Callable[..., Any] | None
     levels: tuple[int, ...]
     ffi_forward: Any
@@ -67,8 +68,11 @@ def load() -> Library | Missing:
     try:
         library = ctypes.CDLL(str(LIBRARY))
         holding_python = ctypes.PyDLL(str(LIBRARY))
-        quick, prepare = holding_python.normkit_forward, holding_python.normkit_prepare
-        functions = library.normkit_forward, quick, library.normkit_backward
+        prepare = holding_python.normkit_prepare
+        functions = (
+            *(library.normkit_forward, holding_python.normkit_forward),
+            *(library.normkit_backward, holding_python.normkit_backward),
+        )
         handlers = library.normkit_ffi_forward, library.normkit_ffi_backward, library.normkit_ffi_callback
         levels = library.normkit_levels()
         compiled_from = ctypes.CFUNCTYPE(ctypes.c_char_p)(("normkit_digest", library))()
@@ -152,12 +156,16 @@ def packed_forward(
 
 
 def launcher(
-    problem: Problem, threads: int, openmp: tuple[int, int] = OWN_THREADS
+    problem: Problem, threads: int, openmp: tuple[int, int] = OWN_THREADS, is_backward: bool = False
 ) -> Callable[[tuple[int, ...]], Callable[[], None]]:
-    """Return what binds the forward kernels to contiguous arrays, by their pointers; see `packed_forward`."""
-    rest = packed_without_pointers(problem, threads, openmp)[_POINTERS.size :]
-    library, pack = loaded(), _POINTERS.pack
-    run = library.quick_forward if is_quick(problem) else library.forward
+    """Return what binds the kernels to contiguous arrays, by their pointers; see `packed_forward` and `packed_backward`."""
+    pointers = Struct(f"={10 if is_backward else 8}q")
+    rest, pack = packed_without_pointers(problem, threads, openmp, is_backward)[pointers.size :], pointers.pack
+    library, quick = loaded(), is_quick(problem)
+    if is_backward:
+        run = library.quick_backward if quick else library.backward
+    else:
+        run = library.quick_forward if quick else library.forward
 
     def bind(pointers: tuple[int, ...]) -> Callable[[], None]:
         packed = pack(*pointers) + rest
@@ -171,9 +179,14 @@ def launcher(
     return bind
 
 
-def packed_without_pointers(problem: Problem, threads: int, openmp: tuple[int, int] = OWN_THREADS) -> bytes:
-    """Return a forward call of contiguous rows, whose pointers, its first fields, are still to come; see `packed_forward`."""
-    return packed_forward(problem, (0,) * 8, (problem.hidden_size, 0) * 4, 1, threads, openmp)
+def packed_without_pointers(
+    problem: Problem, threads: int, openmp: tuple[int, int] = OWN_THREADS, is_backward: bool = False
+) -> bytes:
+    """Return a call of contiguous rows, whose pointers, its first fields, are still to come; see `packed_forward`."""
+    row = problem.hidden_size, 0
+    if is_backward:
+        return packed_backward(problem, (0,) * 10, row * 3, 1, threads, openmp)
+    return packed_forward(problem, (0,) * 8, row * 4, 1, threads, openmp)
 
 
 def is_quick(problem: Problem) -> bool:

@@ -10,16 +10,18 @@
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED int normkit_forward(const Forward *);
+EXPORTED int normkit_backward(const Backward *);
 
 namespace {
 
-constexpr int GIVEN = 6, RESULTS = 4, POINTERS = 8, PAIRS_AT_MOST = 9;
+constexpr int GIVEN = 6, RESULTS = 4, POINTERS_AT_MOST = 10, PAIRS_AT_MOST = 9;
 
 // As normkit/cpu/prepared.py packs it, where the fields are explained.
 struct Layout {
-    int64_t present;                               // bit n: whether tensor n is given
-    int64_t results[RESULTS], pointers[POINTERS];  // from 1 among the tensors given and those made, or 0
-    int64_t written, releases;                     // bit n: whether tensor n is counted as written; whether other threads may run
+    int64_t backward;                                      // whether it is the backward pass
+    int64_t present;                                       // bit n: whether tensor n is given
+    int64_t results[RESULTS], pointers[POINTERS_AT_MOST];  // from 1 among the tensors given and those made, or 0
+    int64_t written, releases;  // bit n: whether tensor n is counted as written; whether other threads may run
     int64_t pairs;
     struct {
         int64_t one, size, other, other_size;
@@ -28,7 +30,10 @@ struct Layout {
 
 struct Prepared {
     Layout layout;
-    Forward call;
+    union {
+        Forward forward;
+        Backward backward;
+    };
     Object *fits, *address_of, *count_as_written, *make, *problem, *is_nested;
 };
 
@@ -97,16 +102,21 @@ bool overlap(const Layout &layout, void *const *pointers) {
     return false;
 }
 
-int compute(const Prepared &ready, void *const *pointers) {
-    Forward call = ready.call;
-    std::memcpy(&call, pointers, POINTERS * sizeof *pointers);
-    if (!ready.layout.releases) {
-        return normkit_forward(&call);
+template <class Call>
+int compute(int (*kernels)(const Call *), Call call, int count, const Layout &layout, void *const *pointers) {
+    std::memcpy(static_cast<void *>(&call), pointers, count * sizeof *pointers);
+    if (!layout.releases) {
+        return kernels(&call);
     }
     void *thread = PyEval_SaveThread();
-    int status = normkit_forward(&call);
+    int status = kernels(&call);
     PyEval_RestoreThread(thread);
     return status;
+}
+
+int compute(const Prepared &ready, void *const *pointers) {
+    return ready.layout.backward ? compute(normkit_backward, ready.backward, 10, ready.layout, pointers)
+                                 : compute(normkit_forward, ready.forward, 8, ready.layout, pointers);
 }
 
 bool count_as_written(const Prepared &ready, Object *tensors) {
@@ -154,8 +164,8 @@ Object *run(Object *self, Object *tensors) {
             return nullptr;
         }
     }
-    void *pointers[POINTERS];
-    for (int index = 0; index < POINTERS; ++index) {
+    void *pointers[POINTERS_AT_MOST];
+    for (int index = 0; index < POINTERS_AT_MOST; ++index) {
         pointers[index] = arrays.address[ready.layout.pointers[index]];
     }
     if (overlap(ready.layout, pointers)) {
@@ -190,7 +200,7 @@ EXPORTED Object *normkit_prepare(
         return PyErr_NoMemory();
     }
     std::memcpy(&ready->layout, layout, sizeof ready->layout);
-    std::memcpy(&ready->call, call, sizeof ready->call);
+    std::memcpy(&ready->backward, call, ready->layout.backward ? sizeof ready->backward : sizeof ready->forward);
     ready->fits = with_reference(fits);
     ready->address_of = with_reference(address_of);
     ready->count_as_written = with_reference(count_as_written);
