@@ -200,28 +200,30 @@ def _operator_inputs() -> list[tuple[Any, tuple[Any, ...]]]:
     operators = torch.ops.normkit
     inputs: list[tuple[Any, tuple[Any, ...]]] = []
     for kind in ("rms", "layer"):
-        for dtype, rounding, residual_dtype in ((torch.float32, None, None), (torch.bfloat16, "hf", "float32")):
+        for dtype, more in ((torch.float32, ""), (torch.bfloat16, " rounding=hf residual_dtype=float32")):
             x, residual, weight, bias = operands(dtype=dtype)
-            options = (f"add_{kind}_norm", 1e-5, 1.0, rounding, residual_dtype, None, None)
+            options = (f"add_{kind}_norm" + more, 1e-5, 1.0)
             leaves = [tensor.clone().requires_grad_() for tensor in (x, residual, weight, bias)]
+            for operator in (operators.norm, operators.norm_and_residual, operators.norm_and_statistics):
+                inputs += [
+                    (operator.default, (x, residual, weight, bias, *options)),
+                    (operator.default, (x[:0], residual[:0], weight, None, *options)),
+                    (operator.default, (x.T.contiguous().T, residual, weight, None, *options)),
+                ]
+            for operator in (operators.norm, operators.norm_alone, operators.norm_and_statistics):
+                inputs.append((operator.default, (x, None, None, None, f"{kind}_norm", 1e-5, 0.0)))
             inputs += [
-                (operators.norm.default, (x, residual, weight, bias, *options, False)),
-                (operators.norm.default, (x, None, None, None, options[0], 1e-5, 0.0, *options[3:], False)),
-                (operators.norm.default, (x[:0], residual[:0], weight, None, *options, False)),
-                (operators.norm.default, (x.T.contiguous().T, residual, weight, None, *options, True)),
-                (operators.norm.default, (*leaves, *options, True)),
-                (operators.norm.default, (leaves[0], None, leaves[2], None, *options, True)),
+                (operators.norm.default, (*leaves, *options)),
+                (operators.norm.default, (leaves[0], None, leaves[2], None, *options)),
+                (operators.norm.default, (leaves[0], None, leaves[2], None, f"{kind}_norm", 1e-5, 0.0)),
             ]
         x, residual, weight, bias = operands()
-        in_place = (f"add_{kind}_norm_", 1e-5, 0.0, None, None, None, None)
-        inputs.append((operators.norm_.default, (x, residual, weight, bias, *in_place)))
-        mean = x.mean(-1) if kind == "layer" else x.new_empty(0)
-        dtypes = ("float32", "float16", "float32", "float16")
+        inputs.append((operators.norm_.default, (x, residual, weight, bias, f"add_{kind}_norm_", 1e-5, 0.0)))
+        mean = x.mean(-1) if kind == "layer" else None
+        described = f"{kind} x_dtype=float32 residual_dtype=float16 bias_dtype=float32 residual_out_dtype=float16"
         for wanted in ([True, True, True, True], [False, True, False, False], [True, False, False, True]):
-            given = (kind, 1e-5, 0.0, None, *dtypes, wanted, None)
-            inputs.append(
-                (operators.norm_backward.default, (x, residual.half(), x.half(), weight, mean, rows(5).exp(), *given))
-            )
+            given = (x, residual.half(), x.half(), weight, mean, rows(5).exp(), described, 1e-5, 0.0, wanted)
+            inputs += [(operators.norm_backward.default, given), (operators.norm_gradients.default, given)]
     return inputs
 
 
