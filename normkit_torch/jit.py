@@ -190,8 +190,8 @@ def _loaded(kernel: Any) -> _Compiled:
 
     if not isinstance(kernel, CompiledKernel) or not _starts_as_known():
         return _Compiled(None, None, None, kernel)
-    run = kernel.run  # this loads it
-    return _Compiled(run, kernel.function, kernel.packed_metadata, kernel)
+    kernel._init_handles()  # this loads it; `run` would not again after a failure
+    return _Compiled(kernel.run, kernel.function, kernel.packed_metadata, kernel)
 
 
 @cache

@@ -25,7 +25,7 @@ from normkit.errors import LaunchError
 from normkit.spec import Problem
 
 from . import allocate
-from .guarded import Results, Run, in_python
+from .guarded import Results, Run, bound, in_python
 
 # calls to keep, and those among them that differ in the strides of their tensors and the like
 _MOST, _MOST_ALIKE = 1024, 8
@@ -133,6 +133,7 @@ def forget() -> None:
     """Keep no calls any more."""
     _calls.clear()
     _latest.clear()
+    bound.clear()
 
 
 def _is_plain(tensor: Tensor) -> bool:
