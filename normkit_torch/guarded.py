@@ -26,8 +26,8 @@ Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Problem]
 Run = Callable[[Arrays], Results | None]
 """Computes a call; None if its tensors are not like those of the one that was prepared, or share memory that is written to."""
 
-# what runs the kernel of a call that writes, on addresses that do not overlap; the most to keep are of all calls together
-bound: dict[tuple[Bind, tuple[int, ...]], Callable[[], None]] = {}
+# what runs the kernel of a call that writes, by addresses that do not overlap, and what bound it to them; of all calls together
+bound: dict[tuple[Any, ...], Callable[[], None]] = {}
 _MOST_BOUND = 1024
 
 
@@ -39,14 +39,14 @@ def in_python(guarded: Guarded, bind: Bind) -> Run:
     written_of = _picking(written)
     absent = tuple(place not in guarded.places for place in range(6))
 
-    def bound_to(addresses: tuple[int, ...]) -> Callable[[], None] | None:
+    def bound_to(addresses: tuple[Any, ...]) -> Callable[[], None] | None:
         pointers = pointers_of(addresses)
         for one, size, other, other_size in pairs:
             if pointers[one] < pointers[other] + other_size and pointers[other] < pointers[one] + size:
                 return None
         if len(bound) >= _MOST_BOUND:
             bound.clear()
-        launch = bound[bind, addresses] = bind(pointers)
+        launch = bound[addresses] = bind(pointers)
         return launch
 
     def run(tensors: Arrays) -> Results | None:
@@ -63,8 +63,8 @@ def in_python(guarded: Guarded, bind: Bind) -> Run:
         if not fits(*given):
             return None
         arrays = (None, *given, *[new() for new in make]) if make else (None, *given)
-        addresses = (0, *map(address_of, arrays[1:]))
-        launch = bound.get((bind, addresses)) or bound_to(addresses) if pairs else bind(pointers_of(addresses))
+        addresses = (0, *map(address_of, arrays[1:]), bind)
+        launch = bound.get(addresses) or bound_to(addresses) if pairs else bind(pointers_of(addresses))
         if launch is None:
             return None
         launch()

@@ -193,7 +193,7 @@ def test_what_triton_may_specialise_on_is_told_apart(driver: FakeDriver, monkeyp
 def test_a_view_of_another_stride_asks_triton_only_where_a_kernel_could_differ(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel, step, scalars = _kernel()
+    kernel, _, scalars = _kernel()
     addresses = (16, 0, 0, 0, 16, 0, 0, 0)
     by_fact: dict[object, Any] = {}
     for stride in (0, 1, *range(2, 50), 2**31 - 1, 2**31, 2**31 + 8, 2**31 + 17, 2**31 + 32):

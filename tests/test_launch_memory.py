@@ -44,7 +44,7 @@ def test_it_is_raised_and_not_remembered(call: Callable[[], None], name: str, dr
         warnings.simplefilter("error", RuntimeWarning)
         driver.fail = fail
         for _ in range(2):
-            with pytest.raises(torch.OutOfMemoryError, match="(?i)memory"):
+            with pytest.raises(torch.OutOfMemoryError, match=r"(?i)memory"):
                 call()
         assert not launch._failed and not driver.launches
         driver.fail = lambda _: None

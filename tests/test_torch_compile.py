@@ -196,43 +196,6 @@ def test_shapes_are_checked_when_compiling() -> None:
             compiled(*wrong)
 
 
-def _operator_inputs() -> list[tuple[Any, tuple[Any, ...]]]:
-    operators = torch.ops.normkit
-    inputs: list[tuple[Any, tuple[Any, ...]]] = []
-    for kind in ("rms", "layer"):
-        for dtype, more in ((torch.float32, ""), (torch.bfloat16, " rounding=hf residual_dtype=float32")):
-            x, residual, weight, bias = operands(dtype=dtype)
-            options = (f"add_{kind}_norm" + more, 1e-5, 1.0)
-            leaves = [tensor.clone().requires_grad_() for tensor in (x, residual, weight, bias)]
-            for operator in (operators.norm, operators.norm_and_residual, operators.norm_and_statistics):
-                inputs += [
-                    (operator.default, (x, residual, weight, bias, *options)),
-                    (operator.default, (x[:0], residual[:0], weight, None, *options)),
-                    (operator.default, (x.T.contiguous().T, residual, weight, None, *options)),
-                ]
-            for operator in (operators.norm, operators.norm_alone, operators.norm_and_statistics):
-                inputs.append((operator.default, (x, None, None, None, f"{kind}_norm", 1e-5, 0.0)))
-            inputs += [
-                (operators.norm.default, (*leaves, *options)),
-                (operators.norm.default, (leaves[0], None, leaves[2], None, *options)),
-                (operators.norm.default, (leaves[0], None, leaves[2], None, f"{kind}_norm", 1e-5, 0.0)),
-            ]
-        x, residual, weight, bias = operands()
-        inputs.append((operators.norm_.default, (x, residual, weight, bias, f"add_{kind}_norm_", 1e-5, 0.0)))
-        mean = x.mean(-1) if kind == "layer" else None
-        described = f"{kind} x_dtype=float32 residual_dtype=float16 bias_dtype=float32 residual_out_dtype=float16"
-        for wanted in ([True, True, True, True], [False, True, False, False], [True, False, False, True]):
-            given = (x, residual.half(), x.half(), weight, mean, rows(5).exp(), described, 1e-5, 0.0, wanted)
-            inputs += [(operators.norm_backward.default, given), (operators.norm_gradients.default, given)]
-    return inputs
-
-
-@pytest.mark.parametrize("index", range(len(_operator_inputs())))
-def test_opcheck(index: int) -> None:
-    operator, given = _operator_inputs()[index]
-    torch.library.opcheck(operator, given)
-
-
 @KINDS
 def test_fake_and_meta_tensors_give_shapes_and_dtypes(kind: str) -> None:
     function = getattr(normkit_torch, f"add_{kind}_norm")
