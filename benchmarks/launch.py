@@ -47,6 +47,8 @@ COLUMNS: tuple[str, ...] = (
 )
 COLUMNS += ("driver", "torch", "triton", "python", "processor", "commit", "date")
 JIT = "Triton's own launch"
+# as many as are in a graph
+NORMS = 8
 # calls after which the queue of a GPU is emptied, which has room for some more
 QUEUED = 64
 
@@ -69,11 +71,10 @@ def in_place(given: Tensors) -> dict[str, Call]:
     (problem,) = [ready.problem for alike in prepared._calls.values() for ready in alike if ready.problem.in_place]
     compiled: Any = torch.compile(normkit_torch.add_rms_norm_, fullgraph=True, backend=_backend(given.x))
     tensors = given.x, given.residual, given.weight
-    options = ("add_rms_norm_", 1e-6, 0.0, None, None, None, None)
     return {
         JIT: _jit(plan.forward_plan(problem), launch._forward_arguments(problem, *tensors, None, out)),
         "add_rms_norm_": lambda: normkit_torch.add_rms_norm_(*tensors),
-        "its operator": lambda: torch.ops.normkit.norm_(*tensors, None, *options),
+        "its operator": lambda: torch.ops.normkit.norm_(*tensors, None, "add_rms_norm_", 1e-6, 0.0),
         "add_rms_norm_ in torch.compile": lambda: compiled(*tensors),
     }
 
@@ -86,7 +87,6 @@ def forward(given: Tensors) -> dict[str, Call]:
     out = Forward(given.y, given.residual_out, None, None)
     own = _jit(plan.forward_plan(problem), launch._forward_arguments(problem, *tensors, None, out))
     compiled: Any = torch.compile(normkit_torch.add_rms_norm, fullgraph=True, backend=_backend(given.x))
-    options = ("add_rms_norm", 1e-6, 0.0, None, None, None, None, False)
     ways: dict[str, Call] = {
         JIT: own,
         f"two empty_like, {JIT}": lambda: (torch.empty_like(given.x), torch.empty_like(given.x), own()),
@@ -94,12 +94,42 @@ def forward(given: Tensors) -> dict[str, Call]:
             normkit_torch.add_rms_norm, *tensors, out=given.y, residual_out=given.residual_out
         ),
         "add_rms_norm": lambda: normkit_torch.add_rms_norm(*tensors),
-        "its operator": lambda: torch.ops.normkit.norm(*tensors, None, *options),
+        "its operator": lambda: torch.ops.normkit.norm_and_residual(*tensors, None, "add_rms_norm", 1e-6, 0.0),
         "add_rms_norm in torch.compile": lambda: compiled(*tensors),
     }
     if given.x.is_cuda:
         ways["torch.add, rms_norm"] = lambda: F.rms_norm(given.x + given.residual, given.x.shape[-1:], given.weight, 1e-6)
     return ways
+
+
+def in_a_graph(given: Tensors) -> dict[str, Call]:
+    """Return the ways to compute NORMS norms in a row, as the residual stream of a model does, and what one alone costs."""
+    normkit_torch.add_rms_norm(given.x, given.residual, given.weight, implementation="triton")
+    (problem,) = [ready.problem for alike in prepared._calls.values() for ready in alike]
+    out = Forward(given.y, given.residual_out, None, None)
+    arguments = launch._forward_arguments(problem, given.x, given.residual, given.weight, None, out)
+    own = _jit(plan.forward_plan(problem), arguments)
+
+    def stream(x: Tensor, residual: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        for weight in weights:
+            x, residual = normkit_torch.add_rms_norm(x, residual, weight)
+        return x, residual
+
+    def training(stream: Callable[..., Any]) -> Any:
+        results = stream(*leaves[:2], leaves[2:])
+        return torch.autograd.grad(results, leaves, (given.dy, given.dresidual_out))
+
+    compiled: Any = torch.compile(stream, fullgraph=True, dynamic=False, backend="inductor")
+    weights = [given.weight.clone() for _ in range(NORMS)]
+    leaves = [tensor.clone().requires_grad_() for tensor in (given.x, given.residual, *weights)]
+    return {
+        f"{JIT}, {NORMS} times": lambda: [own() for _ in range(NORMS)],
+        f"add_rms_norm, {NORMS} times": lambda: stream(given.x, given.residual, weights),
+        f"{NORMS} in torch.compile": lambda: compiled(given.x, given.residual, weights),
+        "1 in torch.compile": lambda: compiled(given.x, given.residual, weights[:1]),
+        f"add_rms_norm, {NORMS} times, and the gradients": lambda: training(stream),
+        f"{NORMS} in torch.compile, and the gradients": lambda: training(compiled),
+    }
 
 
 def unseen(given: Tensors) -> dict[str, Callable[[int], Call]]:
@@ -164,7 +194,7 @@ def _again(call: Call, device: str, index: int) -> Call:
 def measured(rows: int, hidden_size: int, seconds: float, device: str) -> dict[str, dict[str, Times]]:
     """Return the times by pass and way."""
     found = {}
-    for name, ways in (("in-place", in_place), ("forward", forward), ("backward", backward)):
+    for name, ways in (("in-place", in_place), ("forward", forward), ("backward", backward), ("graph", in_a_graph)):
         prepared.forget()
         given = Tensors(rows, hidden_size, device)
         contestants: dict[str, Any] = {way: partial(_again, call, device) for way, call in ways(given).items()}
@@ -203,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
                 row = (which, way, options.rows, options.hidden_size, "bfloat16", low, median, high, taken.samples)
                 ratio = f"{taken.median / own:.2f}"
                 writer.writerow((*row, ratio, *(about[column] for column in COLUMNS[len(row) + 1 :])))
-                print(f"{which:<9} {way:<42} {median:>8} us  ({low} to {high})  {ratio} of Triton's own")
+                print(f"{which:<9} {way:<48} {median:>8} us  ({low} to {high})  {ratio} of Triton's own")
 
 
 if __name__ == "__main__":

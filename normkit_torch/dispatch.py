@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From torch tensors to an implementation and back: what an eager call does, and what the operators do when they run."""
+"""From torch tensors to an implementation and back: what is done in a call that was not prepared, eager or of an operator."""
 
 from __future__ import annotations
 
@@ -76,11 +76,10 @@ def _is_special(tensor: Tensor) -> bool:
 
 
 def forward(call: Call, needs_grad: bool) -> Forward:
-    """Choose an implementation and compute; the results are contiguous, with statistics where a backward may follow."""
-    function, tensors, options = call.parts()
-    made = prepared.forward(function, tensors, options, needs_grad)
-    if made:
-        return Forward(*made[:4])
+    """Choose an implementation and compute; the results are contiguous, with statistics where a backward may follow.
+
+    Calls like it are prepared: who calls this has looked for one that was.
+    """
     problem = problem_of(call, needs_grad)
     kernels, computed = registry.compute(problem, TABLE, call.implementation, partial(_forward, call, problem))
     prepared.keep(call, problem, kernels)
@@ -100,10 +99,6 @@ def forward_(call: Call, known_as: object = None) -> None:
         call: the arguments.
         known_as: what calls like it are prepared by, as in `prepared.forward`; by default the function's name.
     """
-    function, tensors, options = call.parts()
-    known_as = known_as or function
-    if prepared.forward(known_as, tensors, options):
-        return
     problem = problem_of(call, needs_grad=False)
     check_writes(call)
     kernels, _ = registry.compute(

@@ -26,8 +26,9 @@ call as it was described when it was prepared."""
 Run = Callable[[Arrays], Results | None]
 """Computes a call; None if its tensors are not like those of the one that was prepared, or share memory that is written to."""
 
-# addresses of a call to keep what runs the kernel on
-_MOST_ADDRESSES = 1024
+# what runs the kernel of a call that writes, by addresses that do not overlap, and what bound it to them; of all calls together
+bound: dict[tuple[Any, ...], Callable[[], None]] = {}
+_MOST_BOUND = 1024
 
 
 def in_python(guarded: Guarded, bind: Bind) -> Run:
@@ -37,14 +38,13 @@ def in_python(guarded: Guarded, bind: Bind) -> Run:
     given_of, pointers_of, results_of = map(_picking, (guarded.places, guarded.pointers, guarded.results))
     written_of = _picking(written)
     absent = tuple(place not in guarded.places for place in range(6))
-    bound: dict[tuple[int, ...], Callable[[], None]] = {}
 
-    def bound_to(addresses: tuple[int, ...]) -> Callable[[], None] | None:
+    def bound_to(addresses: tuple[Any, ...]) -> Callable[[], None] | None:
         pointers = pointers_of(addresses)
         for one, size, other, other_size in pairs:
             if pointers[one] < pointers[other] + other_size and pointers[other] < pointers[one] + size:
                 return None
-        if len(bound) >= _MOST_ADDRESSES:
+        if len(bound) >= _MOST_BOUND:
             bound.clear()
         launch = bound[addresses] = bind(pointers)
         return launch
@@ -63,7 +63,7 @@ def in_python(guarded: Guarded, bind: Bind) -> Run:
         if not fits(*given):
             return None
         arrays = (None, *given, *[new() for new in make]) if make else (None, *given)
-        addresses = (0, *map(address_of, arrays[1:]))
+        addresses = (0, *map(address_of, arrays[1:]), bind)
         launch = bound.get(addresses) or bound_to(addresses) if pairs else bind(pointers_of(addresses))
         if launch is None:
             return None

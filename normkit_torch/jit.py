@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from errno import ENOMEM
 from functools import cache, partial, reduce
 from operator import itemgetter, or_
 from textwrap import shorten
@@ -92,7 +93,7 @@ class Kernel:
     def bind(self, grid: tuple[int, ...], scalars: Mapping[str, Any], elements: int) -> Callable[[tuple[int, ...]], None]:
         """Return what launches the kernel on the arrays at given addresses, 0 for what there is not.
 
-        It raises LaunchError if Triton could not compile, load or launch the kernel.
+        It raises LaunchError if Triton could not compile, load or launch the kernel, torch.OutOfMemoryError for want of memory.
 
         Args:
             grid: number of programs along each axis.
@@ -100,12 +101,12 @@ class Kernel:
             elements: from the first to the last one of the array that reaches farthest.
         """
         values = tuple([scalars[name] for name in self._scalars])
-        # floats are never specialised; of numbers of rows, and of sizes, only whether more bits are needed
+        # floats are never specialised; of sizes only whether more bits are needed
         unspecialised = self._kernel.do_not_specialize
         facts: list[object] = [elements >> 29]
         for name, value in zip(self._scalars, values, strict=True):
             if not isinstance(value, float):
-                facts.append(value >> 31 if name in unspecialised else value)
+                facts.append(_fact(value, name not in unspecialised))
         return partial(self._launch, (*grid, 1, 1)[:3], values, tuple(facts), elements)
 
     def _launch(
@@ -157,6 +158,13 @@ class Kernel:
         return found
 
 
+def _fact(value: int, specialised: bool) -> object:
+    """Return what a kernel may depend on: the bits that an integer needs, and if it is specialised what it is a multiple of."""
+    if specialised and 0 <= value <= 1:
+        return value
+    return value >> 31 if not specialised else (value >> 31, value % _ALIGNMENT)
+
+
 def kernel_of(step: Step) -> Any:
     """Return the kernel of a step.
 
@@ -182,8 +190,8 @@ def _loaded(kernel: Any) -> _Compiled:
 
     if not isinstance(kernel, CompiledKernel) or not _starts_as_known():
         return _Compiled(None, None, None, kernel)
-    run = kernel.run  # this loads it
-    return _Compiled(run, kernel.function, kernel.packed_metadata, kernel)
+    kernel._init_handles()  # this loads it; `run` would not again after a failure
+    return _Compiled(kernel.run, kernel.function, kernel.packed_metadata, kernel)
 
 
 @cache
@@ -230,5 +238,8 @@ def _failures() -> tuple[type[Exception], ...]:
     return *failures, TritonError
 
 
-def _failed(what: str, step: Step, error: Exception) -> LaunchError:
-    return LaunchError(f"Triton could not {what} {step.kernel}: {type(error).__name__}: {shorten(str(error), 300)}")
+def _failed(what: str, step: Step, error: Exception) -> Exception:
+    """Return what to raise: LaunchError, or where memory was short, which says nothing of other calls, what torch would."""
+    short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    raised = torch.OutOfMemoryError if short or getattr(error, "errno", None) == ENOMEM else LaunchError
+    return raised(f"Triton could not {what} {step.kernel}: {type(error).__name__}: {shorten(str(error), 300)}")

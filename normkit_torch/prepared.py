@@ -26,7 +26,7 @@ from normkit.interface import Gradients, Wanted
 from normkit.spec import Problem
 
 from . import allocate
-from .guarded import Results, Run, in_python
+from .guarded import Results, Run, bound, in_python
 
 # calls to keep, and those among them that differ in the strides of their tensors and the like
 _MOST, _MOST_ALIKE = 1024, 8
@@ -196,6 +196,7 @@ def forget() -> None:
     """Keep no calls any more."""
     _calls.clear()
     _latest.clear()
+    bound.clear()
 
 
 def _can_be_guarded(tensors: Arrays) -> bool:

@@ -190,6 +190,24 @@ def test_what_triton_may_specialise_on_is_told_apart(driver: FakeDriver, monkeyp
     assert len({id(made) for made in compiled_for}) <= len(changes)
 
 
+def test_a_view_of_another_stride_asks_triton_only_where_a_kernel_could_differ(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, _, scalars = _kernel()
+    addresses = (16, 0, 0, 0, 16, 0, 0, 0)
+    by_fact: dict[object, Any] = {}
+    for stride in (0, 1, *range(2, 50), 2**31 - 1, 2**31, 2**31 + 8, 2**31 + 17, 2**31 + 32):
+        values = tuple((scalars | {"x_outer": stride})[name] for name in kernel._scalars)
+        made = kernel._kernel.warmup(*kernel._stand_ins(values, 100, addresses), grid=(1,), **kernel._options)
+        assert by_fact.setdefault(jit._fact(stride, True), made) is made, stride
+    for wide in (264, 280):
+        normkit_torch.rms_norm(rows(4, hidden=wide)[:, :HIDDEN])
+    monkeypatch.setattr(JITFunction, "run", not_asked)
+    for wide in (280, 296, 312, 1048):
+        normkit_torch.rms_norm(rows(4, hidden=wide)[:, :HIDDEN])
+    assert [launch.arguments["x_outer"] for launch in driver.launches[-4:]] == [280, 296, 312, 1048]
+
+
 def test_kernels_that_are_forgotten_are_found_again(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "_MOST", 2)
     monkeypatch.setattr(launch, "_MOST", 2)

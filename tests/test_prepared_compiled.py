@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -75,19 +76,36 @@ def test_errors_within_go_through(way: str, part: str) -> None:
 
 
 def test_the_launches_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guarded, "_MOST_ADDRESSES", 4)
-    bound_to: list[int] = []
+    """They are few for all calls together, and none is another call's."""
+    monkeypatch.setattr(guarded, "_MOST_BOUND", 4)
+    bound_to: list[tuple[str, int]] = []
 
-    def bind(pointers: tuple[int, ...]) -> Callable[[], None]:
-        bound_to.append(pointers[4])
+    def bind_of(name: str, pointers: tuple[int, ...]) -> Callable[[], None]:
+        bound_to.append((name, pointers[4]))
         return lambda: None
 
+    prepared.forget()
     x, outs = rows(3, 8), [rows(3, 8) for _ in range(5)]
-    run = guarded.in_python(known_of(x, x.clone(), None, None, outs[0], x.clone()), bind)
     others = x.clone(), x.clone()
-    for out in (*outs[:4] * 2, *outs[4:], *outs[:4]):
-        assert run((x, others[0], None, None, out, others[1])) is not None
-    assert bound_to == [out.data_ptr() for out in (*outs, *outs[:4])]
+    runs = {
+        name: guarded.in_python(known_of(x, x.clone(), None, None, outs[0], x.clone()), partial(bind_of, name)) for name in "ab"
+    }
+
+    def run(name: str, *places: int) -> list[tuple[str, int]]:
+        bound_to.clear()
+        for place in places:
+            assert runs[name]((x, others[0], None, None, outs[place], others[1])) is not None
+        return bound_to
+
+    def at(name: str, *places: int) -> list[tuple[str, int]]:
+        return [(name, outs[place].data_ptr()) for place in places]
+
+    assert run("a", 0, 1, 2, 0, 1, 2) == at("a", 0, 1, 2)
+    assert run("b", 0, 0) == at("b", 0)
+    assert run("b", 4, 0) == at("b", 4, 0)
+    assert run("a", 0, 0) == at("a", 0)
+    prepared.forget()
+    assert run("a", 0) == at("a", 0)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -196,41 +196,6 @@ def test_shapes_are_checked_when_compiling() -> None:
             compiled(*wrong)
 
 
-def _operator_inputs() -> list[tuple[Any, tuple[Any, ...]]]:
-    operators = torch.ops.normkit
-    inputs: list[tuple[Any, tuple[Any, ...]]] = []
-    for kind in ("rms", "layer"):
-        for dtype, rounding, residual_dtype in ((torch.float32, None, None), (torch.bfloat16, "hf", "float32")):
-            x, residual, weight, bias = operands(dtype=dtype)
-            options = (f"add_{kind}_norm", 1e-5, 1.0, rounding, residual_dtype, None, None)
-            leaves = [tensor.clone().requires_grad_() for tensor in (x, residual, weight, bias)]
-            inputs += [
-                (operators.norm.default, (x, residual, weight, bias, *options, False)),
-                (operators.norm.default, (x, None, None, None, options[0], 1e-5, 0.0, *options[3:], False)),
-                (operators.norm.default, (x[:0], residual[:0], weight, None, *options, False)),
-                (operators.norm.default, (x.T.contiguous().T, residual, weight, None, *options, True)),
-                (operators.norm.default, (*leaves, *options, True)),
-                (operators.norm.default, (leaves[0], None, leaves[2], None, *options, True)),
-            ]
-        x, residual, weight, bias = operands()
-        in_place = (f"add_{kind}_norm_", 1e-5, 0.0, None, None, None, None)
-        inputs.append((operators.norm_.default, (x, residual, weight, bias, *in_place)))
-        mean = x.mean(-1) if kind == "layer" else x.new_empty(0)
-        dtypes = ("float32", "float16", "float32", "float16")
-        for wanted in ([True, True, True, True], [False, True, False, False], [True, False, False, True]):
-            given = (kind, 1e-5, 0.0, None, *dtypes, wanted, None)
-            inputs.append(
-                (operators.norm_backward.default, (x, residual.half(), x.half(), weight, mean, rows(5).exp(), *given))
-            )
-    return inputs
-
-
-@pytest.mark.parametrize("index", range(len(_operator_inputs())))
-def test_opcheck(index: int) -> None:
-    operator, given = _operator_inputs()[index]
-    torch.library.opcheck(operator, given)
-
-
 @KINDS
 def test_fake_and_meta_tensors_give_shapes_and_dtypes(kind: str) -> None:
     function = getattr(normkit_torch, f"add_{kind}_norm")

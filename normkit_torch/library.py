@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch operators, opaque to torch.compile and torch.export: schema, implementation and fake of each.
+
+`normkit::norm` is every functional form, `normkit::norm_` the in-place ones, `normkit::norm_backward` the gradient. The others
+are what the first and the last become once autograd has seen them, and what a compiled graph calls: autograd asks Python about
+an operator that has a derivative each time it runs. An operator cannot return None or one of its inputs: what is not computed
+is an empty tensor or not there. Each argument costs time in each call, so those that are seldom given share a string of words:
+"add_rms_norm rounding=hf out_dtype=float32" is a function and options, "rms x_dtype=bfloat16" a kind and dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.arrays import dtype_name
+from normkit.call import Call
+from normkit.errors import OptionError
+from normkit.interface import Gradients, Wanted
+from normkit.spec import NormSpec, Problem
+
+from . import device, dispatch, prepared
+
+LIBRARY = torch.library.Library("normkit", "DEF")
+
+_NORM = "Tensor? weight, Tensor? bias, str function, float eps, float weight_offset"
+_GRADIENT = (
+    "(Tensor dy, Tensor? dresidual_out, Tensor h, Tensor? weight, Tensor? mean, Tensor rstd,"
+    " str kind, float eps, float weight_offset, bool[] wanted)"
+)
+_OPTIONS = ("rounding", "residual_dtype", "out_dtype", "implementation")
+_FACTS = ("x_dtype", "residual_dtype", "bias_dtype", "residual_out_dtype", "rounding", "implementation")
+
+
+def words(first: str, names: tuple[str, ...], values: tuple[Any, ...]) -> str:
+    """Return one string of what is not None."""
+    return " ".join([first, *[f"{name}={value}" for name, value in zip(names, values, strict=True) if value is not None]])
+
+
+@cache
+def _values(string: str, names: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return what `words` was given: the first word, and the values of the names."""
+    first, *rest = string.split(" ")
+    given = dict(word.partition("=")[::2] for word in rest)
+    if not set(given) <= set(names):
+        raise OptionError(f"{string!r} is not a word followed by some of {', '.join(f'{name}=...' for name in names)}")
+    return first, *(given.get(name) for name in names)
+
+
+def arguments_of(call: Call) -> tuple[Any, ...]:
+    """Return the operators' arguments for a call."""
+    function = words(call.function, _OPTIONS, (call.rounding, *call.dtypes().values(), call.implementation))
+    return call.x, call.residual, call.weight, call.bias, function, call.eps, call.weight_offset
+
+
+def call_of(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, function: str, eps: float, offset: float
+) -> Call:
+    """Return the call that an operator's arguments are."""
+    name, *options = _values(function, _OPTIONS)
+    return Call(name, x, residual, weight, bias, eps, offset, *options)
+
+
+def hands_on(call: Call) -> bool:
+    """Whether residual_out is computed, and not x itself."""
+    dtype = call.residual_dtype
+    return call.residual is not None or (dtype is not None and getattr(torch, dtype_name(dtype)) != call.x.dtype)
+
+
+def filled(like: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return results with an empty tensor for each that there is not."""
+    return tuple([like.new_empty(0) if result is None else result for result in results])
+
+
+def _there(results: Iterable[Tensor | None]) -> list[Tensor]:
+    return [result for result in results if result is not None]
+
+
+def _computed(
+    needs_grad: bool,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    function: str,
+    *numbers: float,
+) -> Any:
+    """Return y, residual_out, mean and rstd, None for those that there are not, and maybe more."""
+    name, *options = _values(function, _OPTIONS)
+    made = prepared.forward(name, (x, residual, weight, bias, None, None), (*numbers, *options), needs_grad)
+    return made or dispatch.forward(call_of(x, residual, weight, bias, function, *numbers), needs_grad)
+
+
+def _norm(*arguments: Any) -> tuple[Tensor, ...]:
+    return filled(arguments[0], _computed(False, *arguments)[:2])
+
+
+def _norm_alone(*arguments: Any) -> Tensor:
+    y: Tensor = _computed(False, *arguments)[0]
+    return y
+
+
+def _norm_and_residual(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y, residual_out, *_ = _computed(False, *arguments)
+    return y, residual_out
+
+
+def _norm_and_statistics(*arguments: Any) -> list[Tensor]:
+    return _there(_computed(True, *arguments)[:4])
+
+
+def _faked(needs_grad: bool, arguments: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    call = call_of(*arguments)
+    problem = call.problem(dispatch.operand)
+    statistics = problem.compute_dtype if needs_grad else None
+    x = call.x
+    return (
+        _new(x, x.shape, problem.out_dtype),
+        _new(x, x.shape, problem.residual_out_dtype),
+        _new(x, x.shape[:-1], statistics if problem.spec.subtract_mean else None),
+        _new(x, x.shape[:-1], statistics),
+    )
+
+
+def _norm_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return filled(arguments[0], _faked(False, arguments)[:2])
+
+
+def _norm_alone_fake(*arguments: Any) -> Any:
+    return _faked(False, arguments)[0]
+
+
+def _norm_and_residual_fake(*arguments: Any) -> Any:
+    return _faked(False, arguments)[:2]
+
+
+def _norm_and_statistics_fake(*arguments: Any) -> list[Tensor]:
+    return _there(_faked(True, arguments))
+
+
+def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
+    return None if dtype is None else like.new_empty(shape, dtype=getattr(torch, dtype))
+
+
+def _norm_in_place(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, function: str, *numbers: float
+) -> None:
+    name, *options = _values(function, _OPTIONS)
+    # what decides on what may be written to, and which the guard of a prepared call does not see below autograd
+    known_as = name, torch.is_inference_mode_enabled(), x.is_inference(), residual.is_inference()
+    if not prepared.forward(known_as, (x, residual, weight, bias, None, None), (*numbers, *options)):
+        dispatch.forward_(call_of(x, residual, weight, bias, function, *numbers), known_as)
+
+
+def _norm_in_place_fake(*arguments: Any) -> None:
+    call_of(*arguments).problem(dispatch.operand)
+
+
+def gradient_arguments(problem: Problem, wanted: Wanted, implementation: str | None) -> tuple[Any, ...]:
+    """Return the arguments of the operators for gradients that follow the tensors."""
+    spec = problem.spec
+    dtypes = (problem.x_dtype, problem.residual_dtype, problem.bias_dtype, problem.residual_out_dtype)
+    return words(spec.kind, _FACTS, (*dtypes, spec.rounding, implementation)), spec.eps, spec.weight_offset, list(wanted)
+
+
+def gradient_problem(
+    dy: Tensor, h: Tensor, weight: Tensor | None, kind: str, eps: float, weight_offset: float, **facts: Any
+) -> Problem:
+    """Return the call that a gradient is of."""
+    weight_dtype = None if weight is None else weight.dtype
+    # sizes that are symbols cannot be looked up
+    describe = _described if all(type(size) is int for size in h.shape) else _described.__wrapped__
+    return describe(tuple(h.shape), dy.dtype, weight_dtype, kind, eps, weight_offset, **facts)
+
+
+@lru_cache(1024)
+def _described(
+    shape: tuple[int, ...],
+    out_dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    kind: str,
+    eps: float,
+    weight_offset: float,
+    **facts: Any,
+) -> Problem:
+    name, x_dtype, residual_dtype, bias_dtype, residual_out_dtype, rounding, _ = _values(kind, _FACTS)
+    return Problem(
+        spec=NormSpec(name, eps, weight_offset, rounding),
+        shape=shape,
+        x_dtype=x_dtype,
+        residual_dtype=residual_dtype,
+        weight_dtype=None if weight_dtype is None else dtype_name(weight_dtype),
+        bias_dtype=bias_dtype,
+        out_dtype=dtype_name(out_dtype),
+        residual_out_dtype=residual_out_dtype,
+        needs_grad=True,
+        **facts,
+    )
+
+
+def _gradients(
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    kind: str,
+    eps: float,
+    weight_offset: float,
+    wanted: list[bool],
+) -> Gradients:
+    platform, arch = device.platform_of(h.device)
+    problem = gradient_problem(dy, h, weight, kind, eps, weight_offset, platform=platform, arch=arch)
+    implementation = _values(kind, _FACTS)[-1]
+    return dispatch.backward(problem, Wanted(*wanted), dy, dresidual_out, h, weight, mean, rstd, implementation)
+
+
+def _norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return filled(arguments[2], _gradients(*arguments))
+
+
+def _norm_gradients(*arguments: Any) -> list[Tensor]:
+    return _there(_gradients(*arguments))
+
+
+def _gradients_fake(
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    kind: str,
+    eps: float,
+    weight_offset: float,
+    wanted: list[bool],
+) -> list[Tensor | None]:
+    problem = gradient_problem(dy, h, weight, kind, eps, weight_offset)
+    dtypes = (problem.x_dtype, problem.residual_dtype, problem.weight_dtype, problem.bias_dtype)
+    shapes = (h.shape, h.shape, h.shape[-1:], h.shape[-1:])
+    given = zip(shapes, dtypes, wanted, strict=True)
+    return [_new(h, shape, dtype) if asked else None for shape, dtype, asked in given]
+
+
+def _norm_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return filled(arguments[2], _gradients_fake(*arguments))
+
+
+def _norm_gradients_fake(*arguments: Any) -> list[Tensor]:
+    return _there(_gradients_fake(*arguments))
+
+
+_FUNCTIONAL = f"(Tensor x, Tensor? residual, {_NORM})"
+_TWO = "(Tensor y, Tensor residual_out)"
+_FOUR = "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+for _name, _schema, _run, _fake in (
+    ("norm", f"{_FUNCTIONAL} -> {_TWO}", _norm, _norm_fake),
+    ("norm_alone", f"{_FUNCTIONAL} -> Tensor", _norm_alone, _norm_alone_fake),
+    ("norm_and_residual", f"{_FUNCTIONAL} -> {_TWO}", _norm_and_residual, _norm_and_residual_fake),
+    ("norm_and_statistics", f"{_FUNCTIONAL} -> Tensor[]", _norm_and_statistics, _norm_and_statistics_fake),
+    ("norm_", f"(Tensor(a!) x, Tensor(b!) residual, {_NORM}) -> ()", _norm_in_place, _norm_in_place_fake),
+    ("norm_backward", f"{_GRADIENT} -> {_FOUR}", _norm_backward, _norm_backward_fake),
+    ("norm_gradients", f"{_GRADIENT} -> Tensor[]", _norm_gradients, _norm_gradients_fake),
+):
+    LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"normkit::{_name}", _fake, lib=LIBRARY)

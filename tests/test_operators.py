@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch operators: what torch checks of them, and which of them a graph has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .frameworks import installed
+
+if "torch" not in installed():
+    pytest.skip("torch is not installed", allow_module_level=True)
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+import normkit_torch
+from normkit import OptionError
+
+from .test_torch_compile import operands, rows
+
+# inductor imports parts of torch that use torch.jit, which torch itself deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> None:
+    torch.compiler.reset()
+
+
+def test_what_runs_in_a_graph_has_no_derivative_to_ask_for() -> None:
+    """Forward and backward are traced to operators that autograd knows nothing of, with only what is computed."""
+    names: list[list[str]] = []
+
+    def noting(graph: Any, _: Any) -> Any:
+        names.append([str(node.target) for node in graph.graph.nodes if "normkit" in str(node.target)])
+        return make_boxed_func(graph.forward)
+
+    def two(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        y, residual_out = normkit_torch.add_rms_norm(x, residual, weight, bias)
+        return normkit_torch.layer_norm(y, weight), residual_out
+
+    given = operands()
+    compiled: Any = torch.compile(two, fullgraph=True, backend=aot_autograd(fw_compiler=noting, bw_compiler=noting))
+    compiled(*given)
+    with torch.inference_mode():
+        compiled(*given)
+    y, residual_out = compiled(*(tensor.requires_grad_() for tensor in given))
+    torch.autograd.backward([y, residual_out], [rows(5, 24), rows(5, 24)])
+    forms = [["norm_and_residual", "norm_alone"]] * 2 + [["norm_and_statistics"] * 2, ["norm_gradients"] * 2]
+    assert names == [[f"normkit.{name}.default" for name in each] for each in forms]
+    for name in {name for each in forms for name in each}:
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"normkit::{name}", "AutogradCPU")
+
+
+@pytest.mark.parametrize("function", ["add_rms_norm rouding=hf", "add_rms_norm  rounding=hf", "add_rms_norm hf"])
+def test_words_that_are_none_are_refused(function: str) -> None:
+    with pytest.raises(OptionError, match=r"followed by some of rounding=\.\.\."):
+        torch.ops.normkit.norm_alone(rows(5, 24), None, None, None, function, 1e-6, 0.0)
+
+
+def _operator_inputs() -> list[tuple[Any, tuple[Any, ...]]]:
+    operators = torch.ops.normkit
+    inputs: list[tuple[Any, tuple[Any, ...]]] = []
+    for kind in ("rms", "layer"):
+        for dtype, more in ((torch.float32, ""), (torch.bfloat16, " rounding=hf residual_dtype=float32")):
+            x, residual, weight, bias = operands(dtype=dtype)
+            options = (f"add_{kind}_norm" + more, 1e-5, 1.0)
+            leaves = [tensor.clone().requires_grad_() for tensor in (x, residual, weight, bias)]
+            for operator in (operators.norm, operators.norm_and_residual, operators.norm_and_statistics):
+                inputs += [
+                    (operator.default, (x, residual, weight, bias, *options)),
+                    (operator.default, (x[:0], residual[:0], weight, None, *options)),
+                    (operator.default, (x.T.contiguous().T, residual, weight, None, *options)),
+                ]
+            for operator in (operators.norm, operators.norm_alone, operators.norm_and_statistics):
+                inputs.append((operator.default, (x, None, None, None, f"{kind}_norm", 1e-5, 0.0)))
+            inputs += [
+                (operators.norm.default, (*leaves, *options)),
+                (operators.norm.default, (leaves[0], None, leaves[2], None, *options)),
+                (operators.norm.default, (leaves[0], None, leaves[2], None, f"{kind}_norm", 1e-5, 0.0)),
+            ]
+        x, residual, weight, bias = operands()
+        inputs.append((operators.norm_.default, (x, residual, weight, bias, f"add_{kind}_norm_", 1e-5, 0.0)))
+        mean = x.mean(-1) if kind == "layer" else None
+        described = f"{kind} x_dtype=float32 residual_dtype=float16 bias_dtype=float32 residual_out_dtype=float16"
+        for wanted in ([True, True, True, True], [False, True, False, False], [True, False, False, True]):
+            given = (x, residual.half(), x.half(), weight, mean, rows(5).exp(), described, 1e-5, 0.0, wanted)
+            inputs += [(operators.norm_backward.default, given), (operators.norm_gradients.default, given)]
+    return inputs
+
+
+@pytest.mark.parametrize("index", range(len(_operator_inputs())))
+def test_opcheck(index: int) -> None:
+    operator, given = _operator_inputs()[index]
+    torch.library.opcheck(operator, given)
