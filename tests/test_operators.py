@@ -15,7 +15,7 @@ if "torch" not in installed():
 import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 import normkit_torch
 from normkit import OptionError
