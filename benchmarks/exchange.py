@@ -41,7 +41,7 @@ def ways(shape: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     compiled = jax.jit(partial(normkit_jax.add_rms_norm, implementation=NAME))
     plain = jax.jit(partial(normkit_jax.add_rms_norm, implementation="reference"))
     return {
-        "operator": lambda: MODULE._compute(spec, given, None),
+        "operator": lambda: MODULE.compute(spec, given, None),
         "normkit_torch": lambda: normkit_torch.add_rms_norm(*tensors, implementation=NAME),
         "normkit_jax, jit": lambda: _ready(compiled(*arrays)),
         "normkit_jax, jit, reference": lambda: _ready(plain(*arrays)),

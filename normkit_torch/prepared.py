@@ -26,7 +26,7 @@ from normkit.interface import Gradients, Wanted
 from normkit.spec import Problem
 
 from . import allocate
-from .guarded import Results, Run, bound, in_python
+from .guarded import Results, Run, bound, in_python, on_tensors
 
 # calls to keep, and those among them that differ in the strides of their tensors and the like
 _MOST, _MOST_ALIKE = 1024, 8
@@ -179,7 +179,7 @@ def keep_backward(known_as: tuple[object, ...], problem: Problem, wanted: Wanted
 
 def _run(guarded: Guarded, kernels: Any, pass_: str, *facts: object) -> Run | None:
     runner, launcher = (getattr(kernels, f"{pass_}{name}", None) for name in ("runner", "launcher"))
-    run = runner(guarded) if runner else None
+    run = runner(guarded) if runner else on_tensors(guarded, kernels.compute) if hasattr(kernels, "compute") else None
     bind = launcher(guarded.problem, *facts) if launcher and run is None else None
     return in_python(guarded, bind) if bind else run
 

@@ -33,21 +33,22 @@ def supports(problem: Problem) -> Rejected | None:
     """Accept RMSNorm, and in 16 bits LayerNorm with a residual, of contiguous rows of one dtype, without gradients."""
     reason = guards.refusal(problem, "IPEX") or _missing() or _refusal(problem)
     # only now is anything imported
-    reason = reason or found().problem or _not_there(problem) or rounding.refusal(problem, _compute, "IPEX")
+    reason = reason or found().problem or _not_there(problem) or rounding.refusal(problem, compute, "IPEX")
     return None if reason is None else Rejected(reason)
 
 
 def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | None, bias: Array | None) -> Forward:
     """Compute y and residual_out; x and residual are not written."""
-    return exchange.forward(_compute, problem, x, residual, weight, bias)
+    return exchange.forward(compute, problem, x, residual, weight, bias)
 
 
 def forward_(problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:
     """Write residual_out into residual, which IPEX does itself, and y into x, from memory that IPEX takes for it."""
-    exchange.forward_(_compute, problem, x, residual, weight, bias)
+    exchange.forward_(compute, problem, x, residual, weight, bias)
 
 
-def _compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
+def compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
+    """Run the operators, as `normkit.vendors.exchange.Compute` says."""
     x, residual, weight, bias = given
     rms_norm, add_rms_norm, add_layer_norm = _operators()
     if weight is None:  # RMSNorm wants one, and LayerNorm takes none as ones
@@ -99,7 +100,7 @@ def _not_there(problem: Problem) -> str | None:
 def rounds() -> str:
     """Return in words how the operators that were found round."""
     device = found().device
-    return f"{rounding.summary(_compute, device)} on {device}" if device else ""
+    return f"{rounding.summary(compute, device)} on {device}" if device else ""
 
 
 @cache

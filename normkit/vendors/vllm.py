@@ -36,21 +36,22 @@ def supports(problem: Problem) -> Rejected | None:
     """Accept RMSNorm without bias and weight_offset, of contiguous rows of one dtype, without gradients."""
     reason = guards.refusal(problem, "vLLM") or _missing() or _refusal(problem)
     # only now is anything loaded
-    reason = reason or found().problem or _not_there(problem) or rounding.refusal(problem, _compute, "vLLM")
+    reason = reason or found().problem or _not_there(problem) or rounding.refusal(problem, compute, "vLLM")
     return None if reason is None else Rejected(reason)
 
 
 def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | None, bias: Array | None) -> Forward:
     """Compute y and residual_out; the operator that adds works in copies of x and residual."""
-    return exchange.forward(_compute, problem, x, residual, weight, bias, overwrites=True)
+    return exchange.forward(compute, problem, x, residual, weight, bias, overwrites=True)
 
 
 def forward_(problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:
     """Write y into x and residual_out into residual, by one operator and without a copy."""
-    exchange.forward_(_compute, problem, x, residual, weight, bias)
+    exchange.forward_(compute, problem, x, residual, weight, bias)
 
 
-def _compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
+def compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
+    """Run the operators, as `normkit.vendors.exchange.Compute` says."""
     import torch
 
     operators = torch.ops._C
@@ -109,7 +110,7 @@ def rounds() -> str:
         for device in ("cpu", "cuda", "xpu")
         if _registered_for(device) and torch.get_device_module(device).is_available()
     ]
-    return "; ".join(f"{rounding.summary(_compute, device)} on {device}" for device in devices)
+    return "; ".join(f"{rounding.summary(compute, device)} on {device}" for device in devices)
 
 
 @cache

@@ -44,7 +44,7 @@ def test_an_error_of_the_operator_comes_back_with_its_message(native: bool, text
         raise ValueError(text)
 
     expected = normkit_jax.add_rms_norm(*arrays, implementation="reference")
-    with way(native), patch.object(MODULE, "_compute", failing), patch.object(MODULE.rounding, "refusal", lambda *_: None):
+    with way(native), patch.object(MODULE, "compute", failing), patch.object(MODULE.rounding, "refusal", lambda *_: None):
         failing_step = step()
         for _ in range(2):
             with pytest.raises(jax.errors.JaxRuntimeError, match="ValueError: " + text[:14]):
@@ -69,13 +69,13 @@ def test_rows_of_any_rank(native: bool, shape: tuple[int, ...]) -> None:
 @WAYS
 def test_a_callback_may_use_jax(native: bool) -> None:
     x = jnp.asarray(rows(5, 64))
-    compute = MODULE._compute
+    compute = MODULE.compute
 
     def nested(spec: Any, given: Any, out: Any) -> Any:
         assert float(jax.jit(jnp.sum)(jnp.ones((300, 300)))) == 90000
         return compute(spec, given, out)
 
-    with way(native), patch.object(MODULE, "_compute", nested):
+    with way(native), patch.object(MODULE, "compute", nested):
         y = jax.jit(lambda x: normkit_jax.rms_norm(jnp.sin(x @ x.T @ x), implementation=NAME) + 1)(x)
     expected = normkit_jax.rms_norm(jnp.sin(x @ x.T @ x), implementation="reference") + 1
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
@@ -136,7 +136,7 @@ def test_a_function_that_does_not_run_to_its_end_is_an_error() -> None:
     seen: list[Any] = []
     with (
         patch.object(sys, "unraisablehook", seen.append),
-        patch.object(MODULE, "_compute", failing),
+        patch.object(MODULE, "compute", failing),
         patch.object(MODULE.rounding, "refusal", lambda *_: None),
         pytest.raises(jax.errors.JaxRuntimeError, match="was interrupted"),
     ):

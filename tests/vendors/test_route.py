@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 import normkit_torch
 from normkit.spec import NormSpec, Operand, describe
 from normkit.vendors import guards
-from normkit_torch import device
+from normkit_torch import device, prepared
 
 from .vendor import MODULE, NAME, OPERATOR, PLATFORM, rows
 
@@ -51,9 +53,11 @@ np.testing.assert_array_equal(residual_out, h)
 
 
 @pytest.fixture
-def _there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "platform_of", lambda _: (PLATFORM, "gfx942"))
-    monkeypatch.setitem(guards.DEVICES, PLATFORM, "cpu")
+def _there() -> Iterator[None]:
+    prepared.forget()
+    with patch.object(device, "platform_of", lambda _: (PLATFORM, "gfx942")), patch.dict(guards.DEVICES, {PLATFORM: "cpu"}):
+        yield
+    prepared.forget()
 
 
 @pytest.mark.usefixtures("_there")
@@ -88,7 +92,7 @@ def test_an_operator_that_fails_or_is_too_large_goes_to_the_next(monkeypatch: py
     def compute(*_: object) -> None:
         raise RuntimeError("no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(MODULE, "_compute", compute)
+    monkeypatch.setattr(MODULE, "compute", compute)
     for dtype in (torch.float32, torch.float16):
         x, weight = torch.from_numpy(rows(4, 64)).to(dtype), torch.from_numpy(rows(64)).to(dtype)
         verdicts = normkit_torch.explain("rms_norm", x, weight)

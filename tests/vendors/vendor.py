@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from normkit.vendors import rounding
+from normkit_torch import prepared
 
 PACKAGES = {"vllm": "vllm", "ipex": "intel_extension_for_pytorch"}
 NAME = next((name for name, package in PACKAGES.items() if find_spec(package)), "")
@@ -33,7 +34,7 @@ def rows(*shape: int, seed: int = 0, dtype: str = "float32") -> Any:
 def recorded() -> Iterator[list[Any]]:
     """Collect what the vendor's operators are given, and where they write."""
     calls: list[Any] = []
-    compute = MODULE._compute
+    compute = MODULE.compute
 
     def recording(spec: Any, given: Any, out: Any) -> Any:
         results = compute(spec, given, out)
@@ -41,5 +42,7 @@ def recorded() -> Iterator[list[Any]]:
             calls.append((given, results))
         return results
 
-    with patch.object(MODULE, "_compute", recording):
+    prepared.forget()
+    with patch.object(MODULE, "compute", recording):
         yield calls
+    prepared.forget()
