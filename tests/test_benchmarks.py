@@ -103,6 +103,8 @@ def test_programs_for_gpus_see_every_launch(tmp_path: Path, monkeypatch: pytest.
         assert counted.total() == len(driver.launches) == 9
 
 
+# inductor imports parts of torch that use torch.jit, which torch itself deprecates
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("triton")
