@@ -76,11 +76,12 @@ def filled(like: Tensor, results: Iterable[Tensor | None]) -> tuple[Tensor, ...]
     return tuple([like.new_empty(0) if result is None else result for result in results])
 
 
-def _there(results: Iterable[Tensor | None]) -> list[Tensor]:
+def there(results: Iterable[Tensor | None]) -> list[Tensor]:
+    """Return the results that there are."""
     return [result for result in results if result is not None]
 
 
-def _computed(
+def prepared_norm(
     needs_grad: bool,
     x: Tensor,
     residual: Tensor | None,
@@ -89,10 +90,13 @@ def _computed(
     function: str,
     *numbers: float,
 ) -> Any:
-    """Return y, residual_out, mean and rstd, None for those that there are not, and maybe more."""
+    """Return y, residual_out, mean, rstd and more, None for those that there are not; or None if no such call was prepared."""
     name, *options = _values(function, _OPTIONS)
-    made = prepared.forward(name, (x, residual, weight, bias, None, None), (*numbers, *options), needs_grad)
-    return made or dispatch.forward(call_of(x, residual, weight, bias, function, *numbers), needs_grad)
+    return prepared.forward(name, (x, residual, weight, bias, None, None), (*numbers, *options), needs_grad)
+
+
+def _computed(needs_grad: bool, *arguments: Any) -> Any:
+    return prepared_norm(needs_grad, *arguments) or dispatch.forward(call_of(*arguments), needs_grad)
 
 
 def _norm(*arguments: Any) -> tuple[Tensor, ...]:
@@ -110,7 +114,7 @@ def _norm_and_residual(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _norm_and_statistics(*arguments: Any) -> list[Tensor]:
-    return _there(_computed(True, *arguments)[:4])
+    return there(_computed(True, *arguments)[:4])
 
 
 def _faked(needs_grad: bool, arguments: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
@@ -139,7 +143,7 @@ def _norm_and_residual_fake(*arguments: Any) -> Any:
 
 
 def _norm_and_statistics_fake(*arguments: Any) -> list[Tensor]:
-    return _there(_faked(True, arguments))
+    return there(_faked(True, arguments))
 
 
 def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
@@ -225,7 +229,7 @@ def _norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _norm_gradients(*arguments: Any) -> list[Tensor]:
-    return _there(_gradients(*arguments))
+    return there(_gradients(*arguments))
 
 
 def _gradients_fake(
@@ -252,7 +256,7 @@ def _norm_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _norm_gradients_fake(*arguments: Any) -> list[Tensor]:
-    return _there(_gradients_fake(*arguments))
+    return there(_gradients_fake(*arguments))
 
 
 _FUNCTIONAL = f"(Tensor x, Tensor? residual, {_NORM})"

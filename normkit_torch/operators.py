@@ -13,7 +13,7 @@ from normkit.call import Call
 from normkit.interface import Forward, Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
-from . import dispatch
+from . import dispatch, shortcut
 from .implementations import TABLE
 from .library import LIBRARY, arguments_of, call_of, filled, gradient_arguments, gradient_problem, hands_on
 from .memory import check_writes
@@ -171,3 +171,4 @@ class _NormBackward(torch.autograd.Function):
 
 for _name, _differentiable in (("norm", _norm), ("norm_backward", _norm_backward)):
     LIBRARY.impl(_name, _differentiable, "Autograd", with_keyset=True)
+shortcut.install()

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import normkit_torch
 from normkit import OptionError
+from normkit_torch import library
 
 from .test_torch_compile import operands, rows
 
@@ -54,6 +56,51 @@ def test_what_runs_in_a_graph_has_no_derivative_to_ask_for() -> None:
     assert names == [[f"normkit.{name}.default" for name in each] for each in forms]
     for name in {name for each in forms for name in each}:
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"normkit::{name}", "AutogradCPU")
+
+
+def refuse(*_: Any) -> None:
+    raise AssertionError("by torch's dispatcher")
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_graph_goes_past_the_dispatcher_where_the_public_functions_do(
+    needs_grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        y, residual_out = normkit_torch.add_layer_norm(x, residual, weight, bias)
+        return normkit_torch.rms_norm(y, weight), residual_out
+
+    def given() -> list[Tensor]:
+        return [tensor.requires_grad_(needs_grad) for tensor in operands()]
+
+    compiled: Any = torch.compile(two, fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # the first one runs while torch's state is still that of compiling, which the guard sees
+        expected = compiled(*given())
+    monkeypatch.setattr(library, "_computed", refuse)
+    torch.testing.assert_close(compiled(*given()), expected, rtol=0, atol=0)
+    with pytest.raises(AssertionError, match="by torch's dispatcher"):
+        compiled(*(tensor.double() for tensor in given()))
+
+
+def test_a_mode_sees_the_operator_of_a_prepared_call() -> None:
+    names: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            names.append(str(operator))
+            return operator(*arguments, **(named or {}))
+
+    x, residual, weight, _ = operands()
+    arguments = (x, residual, weight, None, "add_rms_norm", 1e-6, 0.0)
+    operator = torch.ops.normkit.norm_and_residual.default
+    expected = [operator(*arguments) for _ in range(3)][-1]
+    with Seen():  # type: ignore[no-untyped-call]
+        found = operator(*arguments)
+    assert names == ["normkit.norm_and_residual.default"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        operator(x, residual, weight=weight, bias=None, function="add_rms_norm", eps=1e-6, weight_offset=0.0), expected
+    )
 
 
 @pytest.mark.parametrize("function", ["add_rms_norm rouding=hf", "add_rms_norm  rounding=hf", "add_rms_norm hf"])
