@@ -169,10 +169,14 @@ def bind(functions: Mapping[str, Callable[..., Any]], function: str, *arrays: Ar
 
     Raises:
         OptionError: there is no such function.
+        TypeError: it does not take these arguments.
     """
     if function not in FUNCTIONS or function not in functions:
         known = ", ".join(repr(name) for name in FUNCTIONS if name in functions)
         raise OptionError(f"function={function!r} is not one of {known}")
-    bound = inspect.signature(functions[function]).bind(*arrays, **options)
+    try:
+        bound = inspect.signature(functions[function]).bind(*arrays, **options)
+    except TypeError as error:
+        raise TypeError(f"{function}() {error}") from None
     bound.apply_defaults()
     return Call(function, *(bound.arguments.get(name) for name in Call.__match_args__[1:]))  # type: ignore[arg-type]

@@ -13,9 +13,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from normkit.arrays import dtype_name, framework_of
 from normkit.checkpoint import Weights, as_weights
 
 from .functional import add_layer_norm, add_rms_norm
+
+
+def _loaded(weights: Weights, name: str) -> Array:
+    tensor = weights.get_tensor(name)
+    if framework_of(tensor) == "torch":
+        tensor = tensor.detach().cpu()
+        if dtype_name(tensor.dtype) == "bfloat16":  # which torch does not give to NumPy
+            return jnp.asarray(tensor.float(), jnp.bfloat16)
+    return jnp.asarray(tensor)
 
 
 @partial(
@@ -62,7 +72,7 @@ class FastRMSNorm:
         Raises:
             MissingTensorError: there is no such tensor.
         """
-        return cls(jnp.asarray(as_weights(weights).get_tensor(f"{prefix}.weight")), eps, **options)
+        return cls(_loaded(as_weights(weights), f"{prefix}.weight"), eps, **options)
 
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
@@ -111,13 +121,13 @@ class FastLayerNorm:
     def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
         """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`."""
         source = as_weights(weights)
-        weight, bias = (jnp.asarray(source.get_tensor(f"{prefix}.{name}")) for name in ("weight", "bias"))
+        weight, bias = (_loaded(source, f"{prefix}.{name}") for name in ("weight", "bias"))
         return cls(weight, bias, eps, **options)
 
     @classmethod
     def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
         """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`."""
-        return cls(jnp.asarray(as_weights(weights).get_tensor(f"{prefix}.weight")), None, eps, **options)
+        return cls(_loaded(as_weights(weights), f"{prefix}.weight"), None, eps, **options)
 
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""

@@ -270,6 +270,19 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert all((ROOT / word).exists() for word in named.split() if word.startswith("tests/"))
 
 
+@pytest.mark.parametrize(
+    ("name", "says"), [("plans", "error: "), ("exchange", "benchmarks.exchange needs vLLM or IPEX: run it in an environment of")]
+)
+def test_a_benchmark_says_what_it_needs(name: str, says: str, tmp_path: Path) -> None:
+    """Not on the machine of such a benchmark, or as if on another one: without a GPU, without a vendor's package."""
+    for package in ("torch", "jax"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(tmp_path / "results.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "results.csv").exists()
+
+
 def test_a_rehearsal_writes_nothing_among_the_results(tmp_path: Path) -> None:
     done = run_all(sys.executable, str(tmp_path), "--tiny")
     assert done.returncode == 2 and "a rehearsal needs an output folder" in done.stderr

@@ -242,8 +242,8 @@ for dtype in ("float32", "float16", "float64"):
 assert normkit.explain("rms_norm", x)[-1].name == "reference"
 try:
     import normkit_torch
-except ModuleNotFoundError as error:
-    assert error.name == "torch"
+except normkit.MissingPackageError as error:
+    assert "pip install torch" in str(error)
 """
 
 

@@ -189,7 +189,8 @@ def test_missing_packages_give_the_pip_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run("--model", folder) == 2
-    assert 'pip install "normkit[demo]"' in capsys.readouterr().err
+    assert 'pip install -e ".[demo]"' in (message := capsys.readouterr().err)
+    assert message.count("torch,") == 1
 
 
 def test_examples_are_found_in_an_installed_package_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ PYTHON = "3.11"
 # IPEX has the oldest torch that normkit takes, whose Dynamo traces less than later ones.
 OLDEST_TORCH = (
     "tests/test_torch_compile.py",
-    "tests/test_torch_modules.py",
     "tests/test_prepared_torch.py::test_export_after_preparation",
     "tests/test_prepared_torch.py::test_compile_after_preparation",
 )

@@ -15,6 +15,9 @@ from ..models import require
 from .compete import Absent, Row
 from .contestants import COPY, TABLE
 
+QUIET = 2.0
+"""On a machine that does nothing else, the copy's 80th percentile is less than so many times its 20th."""
+
 FEW_ROWS = 16
 """Cases of at most so many rows, as in decoding, have a mean of their own."""
 
@@ -107,7 +110,20 @@ def summary(rows: Sequence[Row]) -> str:
     heads = ("contestant", "pass", "clock", "kind", "dtype", "cases", "x normkit", f"of <= {FEW_ROWS} rows", "x normkit")
     alignment = ("left",) * 5 + ("right",) * 4
     text = tabulate.tabulate(lines, heads, tablefmt="github", colalign=alignment, disable_numparse=True)
-    return f"Time as a multiple of normkit's for the same framework, geometric means over cases:\n\n{text}"
+    return f"Time as a multiple of normkit's for the same framework, geometric means over cases:\n\n{text}{_warning(rows)}"
+
+
+def _warning(rows: Sequence[Row]) -> str:
+    """Return what to say of a machine on which even a copy takes now this time, now that."""
+    copies = [row for row in rows if row.contestant == COPY]
+    busy = [row for row in copies if row.us_p80 > QUIET * row.us_p20]
+    if not busy:
+        return ""
+    worst = max(busy, key=lambda row: row.us_p80 / row.us_p20)
+    return (
+        f"\n\nTHE MACHINE IS NOT QUIET, and these figures mean nothing: in {len(busy)} of {len(copies)} contests the copy's times "
+        f"spread more than {QUIET:g}-fold, in {worst.case} from {_short(worst.us_p20)} to {_short(worst.us_p80)} us (p20 to p80)."
+    )
 
 
 def not_run(absent: Sequence[Absent], contests: int) -> str:
