@@ -110,19 +110,20 @@ def summary(rows: Sequence[Row]) -> str:
     heads = ("contestant", "pass", "clock", "kind", "dtype", "cases", "x normkit", f"of <= {FEW_ROWS} rows", "x normkit")
     alignment = ("left",) * 5 + ("right",) * 4
     text = tabulate.tabulate(lines, heads, tablefmt="github", colalign=alignment, disable_numparse=True)
-    return f"Time as a multiple of normkit's for the same framework, geometric means over cases:\n\n{text}{_warning(rows)}"
+    return f"Time as a multiple of normkit's for the same framework, geometric means over cases:\n\n{text}"
 
 
-def _warning(rows: Sequence[Row]) -> str:
-    """Return what to say of a machine on which even a copy takes now this time, now that."""
+def warning(rows: Sequence[Row]) -> str:
+    """Return what to say of a machine on which a copy takes now one time, now another; "" on a quiet one."""
     copies = [row for row in rows if row.contestant == COPY]
     busy = [row for row in copies if row.us_p80 > QUIET * row.us_p20]
     if not busy:
         return ""
     worst = max(busy, key=lambda row: row.us_p80 / row.us_p20)
+    spread = f"from {_short(worst.us_p20)} to {_short(worst.us_p80)} us (p20 to p80)"
     return (
-        f"\n\nTHE MACHINE IS NOT QUIET, and these figures mean nothing: in {len(busy)} of {len(copies)} contests the copy's times "
-        f"spread more than {QUIET:g}-fold, in {worst.case} from {_short(worst.us_p20)} to {_short(worst.us_p80)} us (p20 to p80)."
+        f"The machine is NOT QUIET, and these figures mean nothing: in {len(busy)} of {len(copies)} contests the copy's times "
+        f"spread more than {QUIET:g} fold, in {worst.case} {spread}. Run this while nothing else runs."
     )
 
 
