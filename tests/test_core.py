@@ -121,7 +121,7 @@ def test_problem_properties() -> None:
 
 def test_describe_refuses_what_does_not_belong_together() -> None:
     residual = X._replace(dtype="float32")
-    with pytest.raises(OptionError, match="in place"):
+    with pytest.raises(OptionError, match="add_rms_norm_ needs a residual"):
         describe(NormSpec("rms"), X, in_place=True)
     for changed in ({"residual_dtype": "bfloat16"}, {"out_dtype": "float32"}):
         with pytest.raises(OptionError, match="in place"):
