@@ -39,10 +39,13 @@ def operand(name: str, array: Array) -> Operand:
     """Describe an array.
 
     Raises:
-        DtypeError: it is not NumPy's.
+        DtypeError: it is not NumPy's, or one that is more than its elements, as a masked array or a matrix is.
     """
-    if not isinstance(array, np.ndarray):
-        raise not_an_array(name, array, "a NumPy array like x")
+    if type(array) is not np.ndarray:
+        if not isinstance(array, np.ndarray):
+            raise not_an_array(name, array, "a NumPy array like x")
+        if isinstance(array, np.ma.MaskedArray | np.matrix):
+            raise not_an_array(name, array, "a plain NumPy array, as numpy.asarray or, of a masked array, filled() gives it")
     return Operand(array.shape, array.dtype.name)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,13 @@ from normkit.arrays import dtype_name, framework_of
 from normkit.checkpoint import Weights, as_weights
 
 from .functional import add_layer_norm, add_rms_norm
+
+
+def _described(norm: FastRMSNorm | FastLayerNorm) -> str:
+    """Return what a dataclass shows of itself, with types in place of arrays."""
+    values = {field.name: getattr(norm, field.name) for field in fields(norm)}
+    shown = (f"{name}={jax.typeof(of) if isinstance(of, jax.Array) else repr(of)}" for name, of in values.items())
+    return f"{type(norm).__name__}({', '.join(shown)})"
 
 
 def _loaded(weights: Weights, name: str) -> Array:
@@ -33,7 +40,7 @@ def _loaded(weights: Weights, name: str) -> Array:
     data_fields=["weight"],
     meta_fields=["eps", "weight_offset", "rounding", "implementation"],
 )
-@dataclass(eq=False)  # arrays compare element by element, which a generated comparison cannot use
+@dataclass(eq=False, repr=False)  # arrays compare element by element, which a generated comparison cannot use
 class FastRMSNorm:
     r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
     \text{weight})$ with h = hidden_states + residual. A pytree whose one leaf is the weight: pass it to jit and grad.
@@ -74,6 +81,9 @@ class FastRMSNorm:
         """
         return cls(_loaded(as_weights(weights), f"{prefix}.weight"), eps, **options)
 
+    def __repr__(self) -> str:
+        return _described(self)
+
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
         return add_rms_norm(
@@ -92,7 +102,7 @@ class FastRMSNorm:
     data_fields=["weight", "bias"],
     meta_fields=["eps", "rounding", "implementation"],
 )
-@dataclass(eq=False)  # arrays compare element by element, which a generated comparison cannot use
+@dataclass(eq=False, repr=False)  # arrays compare element by element, which a generated comparison cannot use
 class FastLayerNorm:
     r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
     \text{weight} + \text{bias}$ with h = hidden_states + residual. A pytree whose leaves are weight and bias.
@@ -128,6 +138,9 @@ class FastLayerNorm:
     def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
         """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`."""
         return cls(_loaded(as_weights(weights), f"{prefix}.weight"), None, eps, **options)
+
+    def __repr__(self) -> str:
+        return _described(self)
 
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""

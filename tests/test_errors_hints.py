@@ -97,3 +97,17 @@ def test_a_target_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"^target\('sm_90'\) compiles"):
         module.target("sm_90")
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_numpy_arrays_that_are_more_than_their_elements() -> None:
+    for kind in (np.ma.masked_less(ONES, 0), np.asmatrix(ONES)):
+        for call in (
+            lambda x: normkit.rms_norm(x),
+            lambda x: normkit.add_rms_norm(ONES, x),
+            lambda x: normkit.rms_norm(ONES, out=x),
+        ):
+            with pytest.raises(DtypeError, match=r"^(x|residual|out) must be a plain NumPy array.*, got numpy\.(ma|matrix)"):
+                call(kind)
+    memory_mapped = ONES.view(np.memmap)
+    np.testing.assert_array_equal(normkit.rms_norm(memory_mapped), normkit.rms_norm(ONES))

@@ -202,7 +202,7 @@ def test_export_after_preparation(strict: bool) -> None:
     class Module(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("held", CAPTURED)
+            self.held = torch.nn.Buffer(CAPTURED)
 
         def forward(self, x: Tensor) -> Tensor:
             return rms_norm(x) + rms_norm(self.held)
