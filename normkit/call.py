@@ -22,7 +22,8 @@ Options = tuple[Any, Any, Any, Any, Any, Any]
 """eps, weight_offset, rounding, residual_dtype, out_dtype and implementation."""
 
 
-@dataclass(slots=True, unsafe_hash=True)  # nobody changes one; to freeze it would take longer than a small call has
+# no NamedTuple, which torch 2.8 cannot trace; nobody changes one, but frozen it would take longer to make
+@dataclass(slots=True, unsafe_hash=True)
 class Call:
     """The arguments of one call; `function` is one of FUNCTIONS, the others are documented at `normkit.add_rms_norm`."""
 
