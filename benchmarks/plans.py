@@ -25,6 +25,7 @@ from normkit.bench.command import GPU_ELEMENTS, HIDDEN_SIZES
 from normkit.bench.compete import Row, compete
 from normkit.bench.contest import DTYPES, Arrays, Case, Contest, Program
 from normkit.bench.contestants import Contestant, copy
+from normkit.errors import NormkitError
 from normkit.interface import Wanted
 from normkit.plan import Step
 from normkit.spec import KINDS
@@ -168,7 +169,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.tiny:
         interpret(parser)
-    where = gpu.stand_in() if options.tiny else gpu.cuda()
+    try:
+        where = gpu.stand_in() if options.tiny else gpu.cuda()
+    except NormkitError as error:
+        parser.error(str(error))
     elements, sizes = (256, [128]) if options.tiny else (options.elements, options.hidden_sizes)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     failed = 0

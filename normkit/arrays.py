@@ -36,6 +36,20 @@ def framework_of(array: object) -> str | None:
     return None
 
 
+def not_an_array(name: str, value: object, expected: str) -> DtypeError:
+    """Return the error for an argument that is not an array of the framework.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        expected: what it must be.
+    """
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    is_size = name == "weight" and isinstance(value, int | tuple | list)
+    hint = "; give the weight itself, such as ones of shape (hidden_size,): there is no normalized_shape" if is_size else ""
+    return DtypeError(f"{name} must be {expected}, got {kind}{hint}")
+
+
 def namespace(array: Array) -> ModuleType:
     """Return the module with the array functions (mean, sum, sqrt, ...) for this array: numpy, torch or jax.numpy."""
     framework = framework_of(array)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .arrays import FLOAT_DTYPES, Array, dtype_name
 from .errors import DeviceError, DtypeError, OptionError, ShapeError
@@ -21,7 +22,9 @@ Options = tuple[Any, Any, Any, Any, Any, Any]
 """eps, weight_offset, rounding, residual_dtype, out_dtype and implementation."""
 
 
-class Call(NamedTuple):
+# no NamedTuple, which torch 2.8 cannot trace; nobody changes one, but frozen it would take longer to make
+@dataclass(slots=True, unsafe_hash=True)
+class Call:
     """The arguments of one call; `function` is one of FUNCTIONS, the others are documented at `normkit.add_rms_norm`."""
 
     function: str
@@ -45,7 +48,11 @@ class Call(NamedTuple):
 
     def parts(self) -> tuple[str, Arrays, Options]:
         """Return what `of` takes."""
-        return self[0], self[1:5] + self[11:], self[5:11]
+        return (
+            self.function,
+            (self.x, self.residual, self.weight, self.bias, self.out, self.residual_out),
+            (self.eps, self.weight_offset, self.rounding, self.residual_dtype, self.out_dtype, self.implementation),
+        )
 
     @property
     def kind(self) -> str:
@@ -76,7 +83,7 @@ class Call(NamedTuple):
     def with_arrays(self, function: Callable[[str, Array], Array]) -> Call:
         """Return the call with function(name, array) in place of each array given."""
         arrays: dict[str, Any] = {name: function(name, array) for name, array in self.arrays.items()}
-        return self._replace(**arrays)
+        return replace(self, **arrays)
 
     def dtypes(self) -> dict[str, str | None]:
         """Return residual_dtype and out_dtype by name."""
@@ -138,7 +145,7 @@ class Call(NamedTuple):
         if self.residual_out is not None and self.residual_out is not residual_out:
             self.residual_out[...] = self.x if residual_out is None else residual_out
             residual_out = self.residual_out
-        return forward._replace(y=y, residual_out=residual_out)
+        return Forward(y, residual_out, forward.mean, forward.rstd)
 
     def result(self, forward: Forward) -> Any:
         """Return what the function returns: y, or y and residual_out, which is x itself where nothing else was computed."""
@@ -163,10 +170,14 @@ def bind(functions: Mapping[str, Callable[..., Any]], function: str, *arrays: Ar
 
     Raises:
         OptionError: there is no such function.
+        TypeError: it does not take these arguments.
     """
     if function not in FUNCTIONS or function not in functions:
         known = ", ".join(repr(name) for name in FUNCTIONS if name in functions)
         raise OptionError(f"function={function!r} is not one of {known}")
-    bound = inspect.signature(functions[function]).bind(*arrays, **options)
+    try:
+        bound = inspect.signature(functions[function]).bind(*arrays, **options)
+    except TypeError as error:
+        raise TypeError(f"{function}() {error}") from None
     bound.apply_defaults()
-    return Call(function, *(bound.arguments.get(name) for name in Call._fields[1:]))  # type: ignore[arg-type]
+    return Call(function, *(bound.arguments.get(name) for name in Call.__match_args__[1:]))  # type: ignore[arg-type]

@@ -103,6 +103,9 @@ class SafetensorsWeights:
                 origin[name], self._handles[name] = path, handle
         self._source = ", ".join(sorted({str(path) for path in origin.values()})) or "the given files"
 
+    def __repr__(self) -> str:
+        return f"SafetensorsWeights({len(self._handles)} tensors of {self._source}, framework={self._framework!r})"
+
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors."""
         return tuple(self._handles)

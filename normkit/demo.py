@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import io
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -140,24 +139,15 @@ def _decode(framework: str, model: Model, prompt: list[int], count: int) -> Deco
     decoder, device = _decoder(framework, model)
     version = importlib.import_module(framework).__version__
     print(f"\n--- {framework} {version} on {device} ---")
-    start = time.perf_counter()
-    warm_up = decoder.generate(prompt, count)
-    # The second token has other shapes than the first; JAX compiles for both.
-    for _ in zip(range(min(2, count)), warm_up, strict=False):
-        pass
-    first_calls = time.perf_counter() - start
-
     tokens: list[int] = []
     generated = decoder.generate(prompt, count)
-    start = time.perf_counter()
     for piece in model.stream(_recorded(generated, tokens)):
         print(piece, end="", flush=True)
     shown = len(tokens)
     # The check wants as many tokens as were asked for, also past the end of the answer.
     tokens += generated
-    seconds = time.perf_counter() - start
     ended = f"; the answer ended at token {shown}, the rest is decoded for the check" if shown < count else ""
-    print(f"\n[{count / seconds:.1f} tokens/s: {count} in {seconds:.2f} s, after {first_calls:.1f} s warm-up{ended}]")
+    print(f"\n[{count} tokens{ended}]")
     _print_choice(framework, decoder)
     return Decoded(framework, tokens, lambda ids: _logits(framework, decoder, ids))
 

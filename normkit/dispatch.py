@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import registry
-from .arrays import Array, framework_of, numpy_dtype
+from .arrays import Array, framework_of, not_an_array, numpy_dtype
 from .call import Call
 from .errors import DtypeError, OptionError
 from .implementations import TABLE
@@ -27,10 +27,8 @@ def _from_dlpack(name: str, array: Array) -> np.ndarray[Any, Any]:
         return array
     framework = framework_of(array)
     if framework or not hasattr(array, "__dlpack__"):
-        raise DtypeError(
-            f"{name} must be an array of NumPy, PyTorch or JAX like the other arrays of the call, or speak DLPack; "
-            f"got {type(array).__module__}.{type(array).__qualname__}"
-        )
+        kind = "an array of NumPy, PyTorch or JAX" if name == "x" else "a NumPy array like x"
+        raise not_an_array(name, array, f"{kind}, or speak DLPack")
     try:
         return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
@@ -41,10 +39,13 @@ def operand(name: str, array: Array) -> Operand:
     """Describe an array.
 
     Raises:
-        DtypeError: it is not NumPy's.
+        DtypeError: it is not NumPy's, or one that is more than its elements, as a masked array or a matrix is.
     """
-    if not isinstance(array, np.ndarray):
-        raise DtypeError(f"{name} must be a NumPy array like x, got {type(array).__module__}.{type(array).__qualname__}")
+    if type(array) is not np.ndarray:
+        if not isinstance(array, np.ndarray):
+            raise not_an_array(name, array, "a NumPy array like x")
+        if isinstance(array, np.ma.MaskedArray | np.matrix):
+            raise not_an_array(name, array, "a plain NumPy array, as numpy.asarray or, of a masked array, filled() gives it")
     return Operand(array.shape, array.dtype.name)
 
 

@@ -140,7 +140,8 @@ def require(*modules: str, extra: str = "demo") -> list[Any]:
         return [importlib.import_module(module) for module in modules]
     except ImportError as error:
         raise MissingPackageError(
-            f'this needs {", ".join(modules)}: pip install "normkit[{extra}]" ({type(error).__name__}: {error})'
+            f"this needs {', '.join(dict.fromkeys(modules))}: "
+            f'pip install -e ".[{extra}]" in the folder of normkit\'s sources ({type(error).__name__}: {error})'
         ) from error
 
 

@@ -207,10 +207,16 @@ def describe(
     if weight is None and spec.weight_offset:
         raise OptionError(f"weight_offset={spec.weight_offset!r} is added to a weight, and none was given")
     residual_out = residual_dtype or (residual.dtype if residual is not None else x.dtype)
-    if in_place and (residual is None or (out_dtype or x.dtype, residual_out) != (x.dtype, residual.dtype)):
-        raise OptionError(
-            "in place, y takes the memory of x and residual_out that of a residual: give one, and no other dtypes"
-        )
+    if in_place:
+        name = f"add_{spec.kind}_norm"
+        if residual is None:
+            raise OptionError(
+                f"{name}_ needs a residual, whose memory residual_out takes, and got None: give one, or use {name}"
+            )
+        if (out_dtype or x.dtype, residual_out) != (x.dtype, residual.dtype):
+            raise OptionError(
+                "in place, y takes the memory of x and residual_out that of the residual: ask for no other dtypes"
+            )
     return Problem(
         spec=spec,
         shape=tuple(x.shape),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normkit import registry
-from normkit.arrays import Array, dtype_name
+from normkit.arrays import Array, dtype_name, not_an_array
 from normkit.call import Call
 from normkit.errors import DeviceError, DtypeError, OptionError
 from normkit.interface import Kernels
@@ -24,15 +24,18 @@ def as_jax(call: Call) -> Call:
     """Return the call with NumPy arrays made JAX arrays, after checking what only JAX knows: x64 and committed devices."""
     for name, array in call.arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
-            raise DtypeError(f"{name} must be a JAX or NumPy array, got {type(array).__module__}.{type(array).__qualname__}")
+            raise not_an_array(name, array, "a JAX or NumPy array")
     asked = [*call.dtypes().values(), *(dtype_name(array.dtype) for array in call.arrays.values())]
     if "float64" in asked and not jax.config.read("jax_enable_x64"):
         raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
     for name in ("eps", "weight_offset"):
-        if isinstance(getattr(call, name), jax.Array):
+        value = getattr(call, name)
+        if isinstance(value, jax.Array):
+            known = f"give float({name})"
+            traced = f"bind it with functools.partial, or name it in jax.jit(..., static_argnames={name!r})"
             raise OptionError(
-                f"{name} must be a Python number that is known while JAX traces, got {type(getattr(call, name)).__name__}: "
-                f"bind it with functools.partial, or name it in jax.jit(..., static_argnames={name!r})"
+                f"{name} must be a Python number that is known while JAX traces, got {type(value).__name__}: "
+                f"{traced if isinstance(value, jax.core.Tracer) else known}"
             )
     _check_devices(call.arrays)
     return call.with_arrays(lambda _, array: jnp.asarray(array))

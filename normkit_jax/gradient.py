@@ -38,7 +38,7 @@ class _Known(NamedTuple):
 
 def norm(call: Call) -> Forward:
     """Compute y and residual_out of a call."""
-    options = call._replace(x=None, residual=None, weight=None, bias=None)
+    options = replace(call, x=None, residual=None, weight=None, bias=None)
     y, residual_out = _norm(options, call.x, call.residual, call.weight, call.bias)
     return Forward(y, residual_out, None, None)
 
@@ -63,7 +63,7 @@ def _norm_forward(options: Call, *operands: Array | None) -> tuple[tuple[Array, 
 
 
 def _call(options: Call, x: Array, residual: Array | None, weight: Array | None, bias: Array | None) -> Call:
-    return options._replace(x=x, residual=residual, weight=weight, bias=bias)
+    return replace(options, x=x, residual=residual, weight=weight, bias=bias)
 
 
 def _operands(call: Call) -> tuple[Array, Array | None, Array | None, Array | None]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,26 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from normkit.arrays import dtype_name, framework_of
 from normkit.checkpoint import Weights, as_weights
 
 from .functional import add_layer_norm, add_rms_norm
+
+
+def _described(norm: FastRMSNorm | FastLayerNorm) -> str:
+    """Return what a dataclass shows of itself, with types in place of arrays."""
+    values = {field.name: getattr(norm, field.name) for field in fields(norm)}
+    shown = (f"{name}={jax.typeof(of) if isinstance(of, jax.Array) else repr(of)}" for name, of in values.items())
+    return f"{type(norm).__name__}({', '.join(shown)})"
+
+
+def _loaded(weights: Weights, name: str) -> Array:
+    tensor = weights.get_tensor(name)
+    if framework_of(tensor) == "torch":
+        tensor = tensor.detach().cpu()
+        if dtype_name(tensor.dtype) == "bfloat16":  # which torch does not give to NumPy
+            return jnp.asarray(tensor.float(), jnp.bfloat16)
+    return jnp.asarray(tensor)
 
 
 @partial(
@@ -23,7 +40,7 @@ from .functional import add_layer_norm, add_rms_norm
     data_fields=["weight"],
     meta_fields=["eps", "weight_offset", "rounding", "implementation"],
 )
-@dataclass(eq=False)  # arrays compare element by element, which a generated comparison cannot use
+@dataclass(eq=False, repr=False)  # arrays compare element by element, which a generated comparison cannot use
 class FastRMSNorm:
     r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
     \text{weight})$ with h = hidden_states + residual. A pytree whose one leaf is the weight: pass it to jit and grad.
@@ -62,7 +79,10 @@ class FastRMSNorm:
         Raises:
             MissingTensorError: there is no such tensor.
         """
-        return cls(jnp.asarray(as_weights(weights).get_tensor(f"{prefix}.weight")), eps, **options)
+        return cls(_loaded(as_weights(weights), f"{prefix}.weight"), eps, **options)
+
+    def __repr__(self) -> str:
+        return _described(self)
 
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
@@ -82,7 +102,7 @@ class FastRMSNorm:
     data_fields=["weight", "bias"],
     meta_fields=["eps", "rounding", "implementation"],
 )
-@dataclass(eq=False)  # arrays compare element by element, which a generated comparison cannot use
+@dataclass(eq=False, repr=False)  # arrays compare element by element, which a generated comparison cannot use
 class FastLayerNorm:
     r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
     \text{weight} + \text{bias}$ with h = hidden_states + residual. A pytree whose leaves are weight and bias.
@@ -111,13 +131,16 @@ class FastLayerNorm:
     def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
         """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`."""
         source = as_weights(weights)
-        weight, bias = (jnp.asarray(source.get_tensor(f"{prefix}.{name}")) for name in ("weight", "bias"))
+        weight, bias = (_loaded(source, f"{prefix}.{name}") for name in ("weight", "bias"))
         return cls(weight, bias, eps, **options)
 
     @classmethod
     def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
         """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`."""
-        return cls(jnp.asarray(as_weights(weights).get_tensor(f"{prefix}.weight")), None, eps, **options)
+        return cls(_loaded(as_weights(weights), f"{prefix}.weight"), None, eps, **options)
+
+    def __repr__(self) -> str:
+        return _described(self)
 
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""

@@ -46,7 +46,8 @@ def target(*architectures: str) -> AbstractContextManager[None]:
     if len(set(platforms)) < len(architectures):
         raise OptionError(f"target takes one architecture like sm_90 and one like gfx942 at most, got {list(architectures)}")
     if find_spec("triton") is None:
-        raise MissingPackageError(f"target{architectures} compiles kernels, which needs the package triton: pip install triton")
+        asked = ", ".join(map(repr, architectures))
+        raise MissingPackageError(f"target({asked}) compiles kernels, which needs the package triton: pip install triton")
     return _named(architectures)
 
 

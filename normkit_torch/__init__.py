@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """normkit for PyTorch: fused residual normalisation as functions and modules."""
 
+from normkit.errors import MissingPackageError
 from normkit.registry import Verdict
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise MissingPackageError(f"normkit_torch needs the package torch: pip install torch ({error})") from error
 
 from .functional import (
     add_layer_norm,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normkit import layout, registry
-from normkit.arrays import FLOAT_DTYPES, dtype_name
+from normkit.arrays import FLOAT_DTYPES, dtype_name, not_an_array
 from normkit.call import Call
 from normkit.errors import DtypeError
 from normkit.interface import Forward, Gradients, Kernels, Wanted
@@ -32,7 +32,7 @@ def operand(name: str, tensor: Tensor) -> Operand:
         DtypeError: it is not a tensor, or not a dense one.
     """
     if not isinstance(tensor, Tensor):
-        raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__}")
+        raise not_an_array(name, tensor, "a torch.Tensor")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise DtypeError(
             f"{name} must be a dense tensor, got {'a nested one' if tensor.is_nested else f'one of layout {tensor.layout}'}"

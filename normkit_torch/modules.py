@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normkit import registry
 from normkit.checkpoint import Weights, as_weights
 from normkit.errors import ShapeError
+from normkit.spec import NormSpec
 
 from .functional import add_layer_norm, add_rms_norm
+from .implementations import TABLE
 from .patch import as_parameter, load_layer_norm, load_parameter
 
 
@@ -45,6 +48,7 @@ class FastRMSNorm(nn.Module):
         implementation: str | None = None,
     ) -> None:
         super().__init__()
+        _check("rms", eps, weight_offset, rounding, implementation)
         self.weight = as_parameter("weight", weight)
         self.eps = eps
         self.weight_offset = weight_offset
@@ -81,7 +85,7 @@ class FastRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module as torch prints it."""
         offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
-        return f"{self.weight.shape[0]}, eps={self.eps}{offset}"
+        return f"{self.weight.shape[0]}, eps={self.eps}{offset}{_choices(self)}"
 
 
 class FastLayerNorm(nn.LayerNorm):
@@ -120,6 +124,7 @@ class FastLayerNorm(nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         if len(self.normalized_shape) != 1:
             raise ShapeError(f"FastLayerNorm normalises the last dimension only, got normalized_shape={normalized_shape}")
+        _check("layer", eps, 0.0, rounding, implementation)
         self.rounding = rounding
         self.implementation = implementation
 
@@ -146,3 +151,19 @@ class FastLayerNorm(nn.LayerNorm):
             rounding=self.rounding,
             implementation=self.implementation,
         )
+
+    def extra_repr(self) -> str:
+        """Describe the module as torch prints it."""
+        return f"{super().extra_repr()}{_choices(self)}"
+
+
+def _check(kind: str, eps: float, weight_offset: float, rounding: str | None, implementation: str | None) -> None:
+    """Refuse what is no option now, and not in the first call."""
+    NormSpec(kind, eps, weight_offset, rounding)
+    if implementation is not None:
+        registry.find(TABLE, implementation)
+
+
+def _choices(norm: FastRMSNorm | FastLayerNorm) -> str:
+    chosen = {"rounding": norm.rounding, "implementation": norm.implementation}
+    return "".join(f", {name}={value!r}" for name, value in chosen.items() if value is not None)

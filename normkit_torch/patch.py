@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normkit.arrays import FLOAT_DTYPES, dtype_name
+from normkit.arrays import FLOAT_DTYPES, dtype_name, not_an_array
 from normkit.checkpoint import Weights, as_weights
 from normkit.errors import DtypeError, ShapeError
 
@@ -73,6 +73,8 @@ def load_parameter(weights: Weights, name: str) -> nn.Parameter:
 
 def as_parameter(name: str, tensor: Tensor) -> nn.Parameter:
     """Return a weight or bias as a parameter, after checking that a norm can have it."""
+    if not isinstance(tensor, Tensor):
+        raise not_an_array(name, tensor, "a torch.Tensor")
     if tensor.ndim != 1:
         raise ShapeError(f"{name} must have shape (hidden_size,), got {tuple(tensor.shape)}")
     if dtype_name(tensor.dtype) not in FLOAT_DTYPES:

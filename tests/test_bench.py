@@ -122,7 +122,7 @@ def test_a_missing_package_is_an_error_with_the_pip_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["bench", *options]) == 2
-    assert 'pip install "normkit[bench]"' in capsys.readouterr().err
+    assert 'pip install -e ".[bench]"' in capsys.readouterr().err
 
 
 def test_a_wrong_normkit_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,6 +150,13 @@ def test_results_from_before_there_were_clocks_can_be_read() -> None:
     assert {row.clock for row in report.read(ROOT / "benchmarks/results/cpu.csv")} == {"host"}
 
 
+def test_a_machine_that_is_not_quiet_is_told_of() -> None:
+    rows = report.read(ROOT / "benchmarks/results/cpu.csv")
+    of_copy = next(row for row in rows if row.contestant == "copy")
+    spread = [replace(of_copy, us_p20=12.2, us_p80=7990.0), *(row for row in rows if row is not of_copy)]
+    assert report.warning(rows) == "" and f"in {of_copy.case} from 12.2 to 7990 us" in report.warning(spread)
+
+
 # Plans
 
 
@@ -274,6 +281,22 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "--tiny" not in commands and "--cases 1x4096 1x8192 2x4096" in commands
     named = next(line for line in commands.splitlines() if "-m pytest" in line)
     assert all((ROOT / word).exists() for word in named.split() if word.startswith("tests/"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("plans", "error: "), ("exchange", "benchmarks.exchange needs vLLM or IPEX: run it in an environment of")],
+)
+def test_a_benchmark_says_what_it_needs(name: str, says: str, tmp_path: Path) -> None:
+    """Not on the machine of such a benchmark, or as if on another one: without a GPU, without a vendor's package."""
+    for package in ("torch", "jax"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(tmp_path / "results.csv")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "results.csv").exists()
 
 
 def test_a_rehearsal_writes_nothing_among_the_results(tmp_path: Path) -> None:

@@ -140,6 +140,10 @@ def test_the_same_name_in_two_files(file: Path) -> None:
         SafetensorsWeights([file, other])
 
 
+def test_repr(file: Path) -> None:
+    assert repr(SafetensorsWeights(file)) == f"SafetensorsWeights(3 tensors of {file}, framework='numpy')"
+
+
 def test_unknown_framework(file: Path) -> None:
     with pytest.raises(OptionError, match=r"'tensorflow'.*'numpy', 'torch', 'jax'"):
         SafetensorsWeights(file, framework="tensorflow")

@@ -45,7 +45,7 @@ def tables() -> dict[str, tuple[Implementation, ...]]:
         # the tables import no framework, but their packages do
         try:
             found[framework] = tuple(importlib.import_module(f"{package}.implementations").TABLE)
-        except ModuleNotFoundError:
+        except ImportError:
             continue
     return found
 

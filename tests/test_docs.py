@@ -109,15 +109,17 @@ def test_blocks_of_a_page_run_and_print_what_they_say(page: Path, tmp_path: Path
 def test_which_pages_have_code() -> None:
     """So that none of them can lose it to a change of the pattern above."""
     counts = {page.name: len(blocks(page)) for page in PAGES if blocks(page)}
-    assert counts == {"README.md": 7, "add-an-implementation.md": 4, "jax.md": 6, "numerics.md": 2}
+    assert counts == {"README.md": 7, "add-an-implementation.md": 4, "jax.md": 6, "numerics.md": 2, "torch.md": 2}
     everything = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert everything.count("```python") == sum(counts.values())
 
 
-def test_the_readme_has_two_set_up_commands_and_the_constraints_pin_all_they_install() -> None:
+def test_the_readme_has_the_set_up_commands_and_the_constraints_pin_all_they_install() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    (pip install .*)$", readme, re.MULTILINE)
     assert commands == [
+        "pip install torch --index-url https://download.pytorch.org/whl/cpu",
+        'pip install -e ".[torch]"',
         'pip install -c constraints.txt -e ".[demo]" && normkit demo',
         'pip install -c constraints.txt -e ".[dev]" && pytest',
     ]

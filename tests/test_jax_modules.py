@@ -155,6 +155,22 @@ def test_copies_pickles_and_replace() -> None:
         np.testing.assert_array_equal(again(normal(3, 16))[0], norm(normal(3, 16))[0])
 
 
+def test_repr_has_no_numbers_of_arrays() -> None:
+    norm = FastRMSNorm(jnp.ones(16, jnp.bfloat16), rounding="hf")
+    assert repr(norm) == "FastRMSNorm(weight=bfloat16[16], eps=1e-06, weight_offset=0.0, rounding='hf', implementation=None)"
+    assert repr(FastLayerNorm(None)) == "FastLayerNorm(weight=None, bias=None, eps=1e-05, rounding=None, implementation=None)"
+
+
+def test_torch_tensors_become_arrays() -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in ("float32", "float16", "bfloat16"):
+        given = torch.from_numpy(normal(16)).to(getattr(torch, dtype)).requires_grad_()
+        loaded = FastLayerNorm.load("norm", {"norm.weight": given, "norm.bias": given}, 1e-5)
+        for array in (loaded.weight, loaded.bias):
+            assert array is not None and array.dtype == dtype
+            assert np.asarray(array, np.float32).tolist() == given.float().tolist()
+
+
 def test_options_are_checked_at_the_call() -> None:
     with pytest.raises(OptionError, match="'none'"):
         FastRMSNorm(jnp.ones(16), rounding="none")(normal(2, 16))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from normkit import DtypeError
+from normkit import DtypeError, NormSpec
 
 from .frameworks import installed
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 
 import normkit_jax
 from normkit_jax import FastRMSNorm
+from normkit_jax.pallas import norm_rows
 
 ROOT = Path(__file__).parent.parent
 KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -170,6 +172,8 @@ def test_forward_mode_says_what_jax_says_of_custom_vjp() -> None:
     x, *_ = operands()
     with pytest.raises(TypeError, match="forward-mode autodiff"):
         jax.jvp(normkit_jax.rms_norm, (x,), (x,))
+    plain = partial(norm_rows, spec=NormSpec("rms", eps=1e-6))
+    close(jax.jacfwd(plain)(x), jax.jacrev(normkit_jax.rms_norm)(x))
 
 
 @KINDS

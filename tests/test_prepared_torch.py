@@ -200,8 +200,12 @@ def test_situation(name: str) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_after_preparation(strict: bool) -> None:
     class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = torch.nn.Buffer(CAPTURED)
+
         def forward(self, x: Tensor) -> Tensor:
-            return rms_norm(x) + rms_norm(CAPTURED)
+            return rms_norm(x) + rms_norm(self.held)
 
     expected = Module()(rows(3, 8))
     Module()(rows(3, 8))

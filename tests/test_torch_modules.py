@@ -69,14 +69,16 @@ def test_load(weights: Any) -> None:
     assert layer.normalized_shape == no_bias.normalized_shape == (16,)
 
 
-def test_load_takes_options_and_checks_them_at_the_call() -> None:
+def test_load_takes_options_and_checks_them_at_once() -> None:
     norm = FastRMSNorm.load("norm", tensors(), rounding="hf", weight_offset=1.0, implementation="reference")
     assert (norm.rounding, norm.weight_offset, norm.implementation) == ("hf", 1.0, "reference")
     assert FastLayerNorm.load("norm", tensors(), 1e-5, rounding="stored").rounding == "stored"
     with pytest.raises(OptionError, match="'none'"):
-        FastLayerNorm.load("norm", tensors(), 1e-5, rounding="none")(rows(2, 16))
+        FastLayerNorm.load("norm", tensors(), 1e-5, rounding="none")
+    with pytest.raises(OptionError, match="eps must be a finite number, got 'a'"):
+        FastRMSNorm(torch.ones(16), eps="a")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="did you mean 'reference'"):
-        FastRMSNorm.load("norm", tensors(), implementation="referenc")(rows(2, 16))
+        FastRMSNorm.load("norm", tensors(), implementation="referenc")
 
 
 def test_a_missing_tensor_is_named() -> None:
@@ -166,6 +168,9 @@ def test_repr() -> None:
     assert repr(FastRMSNorm(torch.ones(16), 1e-5)) == "FastRMSNorm(16, eps=1e-05)"
     assert repr(FastRMSNorm(torch.ones(16), weight_offset=1.0)) == "FastRMSNorm(16, eps=1e-06, weight_offset=1.0)"
     assert repr(FastLayerNorm(16)).startswith("FastLayerNorm((16,), eps=1e-05, elementwise_affine=True")
+    chosen: dict[str, Any] = {"rounding": "hf", "implementation": "reference"}
+    for norm in (FastRMSNorm(torch.ones(16), **chosen), FastLayerNorm(16, **chosen)):
+        assert repr(norm).endswith(", rounding='hf', implementation='reference')")
 
 
 def test_copies_and_pickles() -> None:

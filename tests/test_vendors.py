@@ -23,6 +23,13 @@ from .process import ROOT, cache_folder, pytest_in_a_process, python_of
 VENDORS = ("vllm", "ipex")
 # The packages have these for Linux on x86-64 and, IPEX, for Python 3.11.
 PYTHON = "3.11"
+# IPEX has the oldest torch that normkit takes, whose Dynamo traces less than later ones.
+OLDEST_TORCH = (
+    "tests/test_torch_compile.py",
+    "tests/test_prepared_torch.py",
+    "-k",
+    "aot_eager or train_compiled or in_place or export or after_preparation",
+)
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or os.environ.get("TRITON_INTERPRET") == "1",
@@ -43,7 +50,8 @@ def runs() -> Iterator[dict[str, Future[str]]]:
         assert done.returncode == 0, f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}"
         in_environment = partial(pytest_in_a_process, python=str(directory / "bin/python"), timeout=1200)
         cases = in_environment("tests/test_functional.py", "-k", vendor)
-        return f"{in_environment('tests/vendors')}\n{cases}"
+        oldest = in_environment(*OLDEST_TORCH) if vendor == "ipex" else ""
+        return "\n".join((in_environment("tests/vendors"), cases, oldest))
 
     with ThreadPoolExecutor(2) as pool:
         yield {vendor: pool.submit(run, vendor) for vendor in VENDORS}

@@ -202,7 +202,9 @@ def _measured(
 
 
 def _show(rows: Sequence[Row], picture: Path | None) -> None:
-    print(f"\n{report.table(rows)}\n\n{report.summary(rows)}")
+    print("", report.table(rows), "", report.summary(rows), sep="\n")
+    if warning := report.warning(rows):
+        print(f"\n{warning}")
     if picture:
         plot.draw(rows, picture)
         print(f"\nDrawn: {picture}")

@@ -20,7 +20,7 @@ _NOT_IN = {
     ("torch", "forward-and-backward"): "torch computes the backward by itself: see the pass backward",
     ("jax", "in-place"): "JAX writes in place only within a compiled program",
     ("jax", "backward"): "a compiled JAX program computes forward and backward together: see the pass forward-and-backward",
-    ("numpy", "in-place"): "there is no function that writes into NumPy arrays",
+    ("numpy", "in-place"): "there is no function in place for NumPy arrays: out= takes its place",
     ("numpy", "backward"): "NumPy has no gradients",
     ("numpy", "forward-and-backward"): "NumPy has no gradients",
 }

@@ -15,6 +15,9 @@ from ..models import require
 from .compete import Absent, Row
 from .contestants import COPY, TABLE
 
+QUIET = 2.0
+"""On a machine that does nothing else, the copy's 80th percentile is less than so many times its 20th."""
+
 FEW_ROWS = 16
 """Cases of at most so many rows, as in decoding, have a mean of their own."""
 
@@ -108,6 +111,20 @@ def summary(rows: Sequence[Row]) -> str:
     alignment = ("left",) * 5 + ("right",) * 4
     text = tabulate.tabulate(lines, heads, tablefmt="github", colalign=alignment, disable_numparse=True)
     return f"Time as a multiple of normkit's for the same framework, geometric means over cases:\n\n{text}"
+
+
+def warning(rows: Sequence[Row]) -> str:
+    """Return what to say of a machine on which a copy takes now one time, now another; "" on a quiet one."""
+    copies = [row for row in rows if row.contestant == COPY]
+    busy = [row for row in copies if row.us_p80 > QUIET * row.us_p20]
+    if not busy:
+        return ""
+    worst = max(busy, key=lambda row: row.us_p80 / row.us_p20)
+    spread = f"from {_short(worst.us_p20)} to {_short(worst.us_p80)} us (p20 to p80)"
+    return (
+        f"The machine is NOT QUIET, and these figures mean nothing: in {len(busy)} of {len(copies)} contests the copy's times "
+        f"spread more than {QUIET:g} fold, in {worst.case} {spread}. Run this while nothing else runs."
+    )
 
 
 def not_run(absent: Sequence[Absent], contests: int) -> str:

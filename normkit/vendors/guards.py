@@ -27,7 +27,10 @@ def refusal(problem: Problem, vendor: str) -> str | None:
     if problem.portable:
         return f"{vendor} runs in this process, and the program is for others or for several platforms"
     if problem.needs_grad:
-        return f"{vendor} has no backward pass, and a gradient is asked for"
+        return (
+            f"{vendor} has no backward pass, and a gradient is asked for, as wherever an array requires one: "
+            "where none is needed, compute under torch.inference_mode() or torch.no_grad(), or after requires_grad_(False)"
+        )
     if problem.compute_dtype == "float64":
         return f"{vendor} computes in float32, which is not enough for float64"
     if len(dtypes) > 1:
