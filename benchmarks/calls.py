@@ -28,7 +28,7 @@ from normkit.bench.contest import Case as Shape
 from normkit.bench.contest import Contest
 from normkit.bench.verify import expectations, sparse, spoil, worst_error
 from normkit.tolerance import expected_backward, expected_forward, worst
-from normkit_torch import launch
+from normkit_torch import launch, launch_backward, steps
 from tests.cases import CASES, Case
 from tests.frameworks import Torch
 
@@ -110,17 +110,28 @@ def large(device: str, shape: tuple[int, int] = LARGE) -> Iterator[tuple[str, Ca
 
 
 @contextmanager
+def launching_by(launch_step: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Have this launch each step meanwhile, by its arguments; nothing that was bound before is launched then."""
+    unbound = [patch.object(module, "_ready", _not_bound) for module in (launch, launch_backward)]
+    with patch.object(steps, "launch", launch_step), unbound[0], unbound[1]:
+        yield
+
+
+def _not_bound(*_: object) -> None:
+    return None
+
+
+@contextmanager
 def launches() -> Iterator[Counter[str]]:
     """Count the launches of each kernel meanwhile."""
     counted: Counter[str] = Counter()
-    original = launch._launch
+    original = steps.launch
 
     def counting(step: Any, arguments: Any) -> None:
         counted[step.kernel] += 1
         original(step, arguments)
 
-    unbound: dict[str, Any] = {"_ready_forward": lambda *_: None, "_ready_backward": lambda *_: None}
-    with patch.multiple(launch, _launch=counting, **unbound):
+    with launching_by(counting):
         yield counted
 
 

@@ -30,7 +30,7 @@ from normkit.bench import circumstances
 from normkit.bench.measure import Times, by_clock, interleaved
 from normkit.interface import Forward, Wanted
 from normkit.spec import Problem
-from normkit_torch import launch, prepared
+from normkit_torch import launch, launch_backward, prepared, steps
 
 Call = Callable[[], Any]
 COLUMNS: tuple[str, ...] = (
@@ -170,9 +170,9 @@ def _jit(step: plan.Step, arguments: Mapping[str, Any]) -> Call:
 
 def _jit_backward(problem: Problem, wanted: Wanted, given: Tensors, rstd: Tensor) -> Call:
     planned = plan.backward_plan(problem, wanted)
-    _, rows = launch._rows(problem, {"dy": given.dy, "dresidual_out": given.dresidual_out, "h": given.residual_out})
+    _, rows = steps.row_arguments(problem, {"dy": given.dy, "dresidual_out": given.dresidual_out, "h": given.residual_out})
     partials = given.x.new_empty((planned.parts, problem.hidden_size), dtype=torch.float32)
-    arguments = rows | launch._backward_scalars(problem, planned, 1)
+    arguments = rows | launch_backward._scalars(problem, planned, 1)
     arguments |= {"weight_ptr": given.weight, "mean_ptr": None, "rstd_ptr": rstd, "dx_ptr": given.y, "dresidual_ptr": None}
     arguments |= {"dweight_ptr": partials, "dbias_ptr": None}
     total = {"partial_ptr": partials, "total_ptr": torch.empty_like(given.weight), "programs": planned.parts}

@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from normkit import kernels
 from normkit.bench import circumstances, gpu, report, with_torch
@@ -29,10 +28,10 @@ from normkit.errors import NormkitError
 from normkit.interface import Wanted
 from normkit.plan import Step
 from normkit.spec import KINDS
-from normkit_torch import launch
+from normkit_torch import launch, steps
 from normkit_torch.device import platform_of
 
-from .calls import interpret
+from .calls import interpret, launching_by
 
 PASSES = ("forward", "in-place", "backward")
 PLANNED = "planned"
@@ -51,9 +50,7 @@ def launches(contest: Contest, tensors: Arrays) -> tuple[list[Launch], dict[str,
     given = tensors[:4]
     saved: Any = launch.forward(problem, *given) if backward else None
     found: list[Launch] = []
-    # nothing that was bound before is launched then: all goes by step and arguments
-    unbound: dict[str, Any] = {"_ready_forward": lambda *_: None, "_ready_backward": lambda *_: None}
-    with patch.multiple(launch, _launch=lambda step, arguments: found.append((step, dict(arguments))), **unbound):
+    with launching_by(lambda step, arguments: found.append((step, dict(arguments)))):
         if backward:
             rows = tensors.dy, tensors.dresidual_out, saved.residual_out
             gradients = launch.backward(problem, Wanted.by(problem), *rows, tensors.weight, saved.mean, saved.rstd)
@@ -76,7 +73,7 @@ def program(change: Change, contest: Contest) -> Program:
 
         def call() -> dict[str, Any]:
             for step, arguments in changed:
-                launch._launch(step, arguments)
+                steps.launch(step, arguments)
             return results
 
         return call

@@ -145,7 +145,7 @@ def backward(
     mean: Tensor | None,
     rstd: Tensor,
     implementation: str | None,
-    known_as: tuple[object, ...] | None = None,
+    known_as: tuple[object, ...],
 ) -> Gradients:
     """Choose an implementation and compute the gradients; they are contiguous.
 
@@ -153,7 +153,7 @@ def backward(
         problem: that of the forward call.
         implementation: one by name.
         wanted: as in `normkit.interface.Kernels.backward`; so are the others.
-        known_as: what passes like it are prepared by, as in `prepared.backward`; None for not at all.
+        known_as: what passes like it are prepared by, as in `prepared.backward`.
     """
     _check_saved(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h}, weight, mean, rstd)
     layout = layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
@@ -162,8 +162,7 @@ def backward(
     kernels, gradients = registry.compute(
         problem, TABLE, implementation, lambda kernels: kernels.backward(problem, wanted, *tensors)
     )
-    if known_as is not None:
-        prepared.keep_backward(known_as, problem, wanted, tensors, kernels)
+    prepared.keep_backward(known_as, problem, wanted, tensors, kernels)
     return Gradients(*(None if gradient is None else gradient.contiguous() for gradient in gradients))
 
 

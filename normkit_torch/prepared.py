@@ -103,7 +103,7 @@ def _search(known_as: object, tensors: Arrays, options: Options, needs_grad: boo
 
 
 def backward(known_as: tuple[object, ...], tensors: Arrays) -> Results | None:
-    """Compute gradients as they were computed before, in plain eager code; None if nothing like that was kept.
+    """Compute gradients as they were computed before, in plain eager code or an operator; None if nothing like that was kept.
 
     Args:
         known_as: as for `keep_backward`.
@@ -160,12 +160,13 @@ def keep_backward(known_as: tuple[object, ...], problem: Problem, wanted: Wanted
     dtypes = [dtype if asked else None for dtype, asked in zip(of_operands, wanted, strict=True)]
     places, given = _places(tensors)
     gradients, make = _results([0] * 4, [problem.shape] * 2 + [hidden] * 2, dtypes, len(given), device)
+    made = Gradients(*gradients)
     guarded = Guarded(
         problem=problem,
         places=tuple(places),
         fits=_guard(given),
         make=make,
-        results=tuple(position or 0 for position in Gradients(*gradients).by_operand(problem)),
+        results=tuple(position or 0 for position in (made if wanted.dresidual else made.by_operand(problem))),
         pointers=(*_positions(places), *gradients),
         pairs=(),
         written=(),

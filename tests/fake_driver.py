@@ -44,10 +44,11 @@ class FakeDriver:
 
     def move(self, device: int) -> None:
         """Say that CPU tensors are on another device, and set aside what is known of the one before: they look the same."""
-        from normkit_torch import launch, prepared
+        from normkit_torch import launch, launch_backward, prepared, steps
 
         self.tensors_on = device
-        for known in (prepared._calls, prepared._latest, launch._kernels, launch._forwards, launch._backwards):
+        prepared.forget()
+        for known in (steps._kernels, launch._forwards, launch_backward._backwards):
             known.clear()
 
     @contextmanager
@@ -147,16 +148,16 @@ def _driver(fake: FakeDriver, record: bool) -> Any:
 
 def _say_that_tensors_are_there(stack: ExitStack, fake: FakeDriver) -> None:
     """Replace what asks for real devices, and set aside what is kept from call to call."""
-    from normkit_torch import device, launch, prepared
+    from normkit_torch import device, failures, launch, launch_backward, prepared, steps
 
     for module, name, value in (
         (device, "platform_of", lambda _: ("cuda", "sm_90")),
         (device, "lookups", fake.lookups),
         (device, "current", fake.current),
-        (launch, "_kernels", {}),
+        (steps, "_kernels", {}),
         (launch, "_forwards", {}),
-        (launch, "_backwards", {}),
-        (launch, "_failed", {}),
+        (launch_backward, "_backwards", {}),
+        (failures, "_failed", {}),
         (prepared, "_calls", {}),
         (prepared, "_latest", {}),
     ):

@@ -133,10 +133,10 @@ def watch() -> Iterator[list[Launch]]:
     from triton.runtime import interpreter
 
     from normkit import kernels
-    from normkit_torch import launch
+    from normkit_torch import steps
 
     launches: list[Launch] = []
-    original, builder = launch._launch, interpreter.InterpreterBuilder
+    original, builder = steps.launch, interpreter.InterpreterBuilder
 
     def watched_launch(step: Any, arguments: Mapping[str, object]) -> None:
         names = getattr(kernels, step.kernel).arg_names
@@ -161,7 +161,7 @@ def watch() -> Iterator[list[Launch]]:
         raise MemoryFault("an atomic operation, whose order is not the same in every run")
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(launch, "_launch", watched_launch))
+        stack.enter_context(patch.object(steps, "launch", watched_launch))
         for kind in ("load", "store"):
             name = f"create_masked_{kind}"
             stack.enter_context(patch.object(builder, name, watched(kind, getattr(builder, name))))

@@ -25,7 +25,7 @@ import normkit_torch
 from normkit import plan
 from normkit.interface import Wanted
 from normkit.spec import NormSpec, Operand, describe
-from normkit_torch import jit, launch, prepared
+from normkit_torch import jit, launch_backward, prepared, steps
 
 from .launch_calls import BF16, EACH, HIDDEN, functional, gradient, in_place, into, parameter, rows
 
@@ -101,11 +101,11 @@ def test_device_and_stream_are_those_of_the_call(call: Callable[[], None], drive
 
 def test_each_device_has_its_own_kernels(driver: FakeDriver) -> None:
     _, step, _ = _kernel()
-    one, other = (launch._kernel(step, (("x_ptr", BF16),), torch.device("cuda", index)) for index in (0, 1))
-    assert one is not other and launch._kernel(step, (("x_ptr", BF16),), torch.device("cuda", 0)) is one
+    one, other = (steps.kernel_for(step, (("x_ptr", BF16),), torch.device("cuda", index)) for index in (0, 1))
+    assert one is not other and steps.kernel_for(step, (("x_ptr", BF16),), torch.device("cuda", 0)) is one
     problem = describe(NormSpec("rms"), Operand((8, HIDDEN), "bfloat16"), platform="cuda", needs_grad=True)
     wanted = Wanted(True, False, False, False)
-    ready = [launch._ready_backward(problem, wanted, False, torch.device("cuda", index)) for index in (0, 1, 0)]
+    ready = [launch_backward._ready(problem, wanted, False, torch.device("cuda", index)) for index in (0, 1, 0)]
     assert ready[0] is ready[2] is not ready[1]
 
 
@@ -210,13 +210,13 @@ def test_a_view_of_another_stride_asks_triton_only_where_a_kernel_could_differ(
 
 def test_kernels_that_are_forgotten_are_found_again(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "_MOST", 2)
-    monkeypatch.setattr(launch, "_MOST", 2)
+    monkeypatch.setattr(steps, "MOST", 2)
     for _ in range(2):
         for hidden in (64, 128, 192, 256):
             for misaligned in (False, True):
                 normkit_torch.rms_norm(rows(4, misaligned, hidden))
             gradient(4, hidden)
-        assert len(launch._kernels) <= 2 and len(launch._backwards) <= 2
+        assert len(steps._kernels) <= 2 and len(launch_backward._backwards) <= 2
     assert len(driver.loaded) == sum(map(len, compiled().values()))
 
 

@@ -80,11 +80,11 @@ def test_rows_far_apart_have_64_bit_strides(launches: list[FakeLaunch]) -> None:
 @pytest.mark.parametrize(("rows", "reach"), [(2, 64 + 192), (3, 64 + 2 * 192)])
 def test_rows_of_views_reach_from_the_first_to_the_last(rows: int, reach: int) -> None:
     """What a compiler for AMD is told about the size of an array, before it addresses that with 32 bits."""
-    from normkit_torch import launch
+    from normkit_torch import steps
 
     view = torch.empty(rows, 192, dtype=torch.bfloat16)[:, :64]
-    assert launch._reach(view) == reach
-    assert launch._reach(view[:1].expand(rows, 64)) == launch._reach(view[0]) == 64
+    assert steps._reach(view) == reach
+    assert steps._reach(view[:1].expand(rows, 64)) == steps._reach(view[0]) == 64
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 
-from normkit_torch import jit, launch
+from normkit_torch import failures, jit, launch, launch_backward
 
 from .launch_calls import CALLS, EACH
 
@@ -46,13 +46,13 @@ def test_it_is_raised_and_not_remembered(call: Callable[[], None], name: str, dr
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError, match=r"(?i)memory"):
                 call()
-        assert not launch._failed and not driver.launches
+        assert not failures._failed and not driver.launches
         driver.fail = lambda _: None
         call()
         assert driver.launches
 
 
-@pytest.mark.parametrize("call", CALLS[:3], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [*CALLS[:3], *CALLS[4:]], ids=lambda call: call.__name__)
 def test_a_prepared_call_stays_prepared(call: Callable[[], None], driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     call()
 
@@ -65,4 +65,5 @@ def test_a_prepared_call_stays_prepared(call: Callable[[], None], driver: FakeDr
     driver.fail = lambda _: None
     monkeypatch.setattr(jit.Kernel, "_compile", None)
     monkeypatch.setattr(launch, "_launch_forward", None)
+    monkeypatch.setattr(launch_backward, "_ready", None)
     call()

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normkit_torch
 from normkit import OptionError
-from normkit_torch import library
+from normkit_torch import dispatch, library, prepared
 
 from .test_torch_compile import operands, rows
 
@@ -101,6 +101,36 @@ def test_a_mode_sees_the_operator_of_a_prepared_call() -> None:
     torch.testing.assert_close(
         operator(x, residual, weight=weight, bias=None, function="add_rms_norm", eps=1e-6, weight_offset=0.0), expected
     )
+
+
+WANTED = ([True] * 4, [True, False, True, True], [False, True, False, False], [True, False, False, True])
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("name", ["norm_backward", "norm_gradients"])
+def test_gradients_like_those_before_choose_nothing_and_have_the_same_bits(
+    name: str, wanted: list[bool], residual_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked for: also both of x and of a residual of its dtype, which are then two tensors."""
+    x, residual, weight, _ = operands()
+    if not {one.name: one for one in normkit_torch.explain("rms_norm", x)}["cpu"].accepted:
+        pytest.skip("the cpu implementation does not run here")
+    dtype = str(residual_dtype).removeprefix("torch.")
+    kind = f"layer x_dtype=float32 residual_dtype={dtype} bias_dtype=float32 residual_out_dtype={dtype} implementation=cpu"
+    h = residual.to(residual_dtype)
+    given = (x, h.clone(), h, weight, x.mean(-1), rows(5).exp(), kind, 1e-5, 0.0)
+    operator = getattr(torch.ops.normkit, name)
+    prepared.forget()
+    first = operator(*given, wanted)
+    for other in WANTED:
+        operator(*given, other)
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "backward", None)
+        again = operator(*given, wanted)
+    assert len(again) == len(first) and all(map(torch.equal, again, first))
+    assert [gradient.dtype for gradient in again] == [gradient.dtype for gradient in first]
+    assert len({gradient.data_ptr() for gradient in again if gradient.numel()}) == sum(wanted)
 
 
 @pytest.mark.parametrize("function", ["add_rms_norm rouding=hf", "add_rms_norm  rounding=hf", "add_rms_norm hf"])

@@ -14,7 +14,7 @@ from normkit import kernels
 from normkit.bench import gpu, measure
 from normkit.bench.contest import Case, Contest
 from normkit.plan import Step
-from normkit_torch import launch
+from normkit_torch import steps
 
 from ..frameworks import Torch
 
@@ -92,11 +92,11 @@ def test_what_is_timed_is_what_was_changed(monkeypatch: pytest.MonkeyPatch) -> N
     contest = Contest(Case(3, 64), "float32", "rms", "backward", "device")
     arrays = gpu.arrays("cpu", contest, 0)
     made: list[Step] = []
-    monkeypatch.setattr(launch, "_launch", lambda step, arguments: made.append(step))
-    steps = [step for step, _ in plans.launches(contest, arrays)[0]]
+    monkeypatch.setattr(steps, "launch", lambda step, arguments: made.append(step))
+    planned = [step for step, _ in plans.launches(contest, arrays)[0]]
     made.clear()
-    other = plans.with_constants(steps[0], steps[0].constants, 2 * steps[0].num_warps, 3)
-    plans.program(lambda step: other if step == steps[0] else step, contest).ready(arrays)()
+    other = plans.with_constants(planned[0], planned[0].constants, 2 * planned[0].num_warps, 3)
+    plans.program(lambda step: other if step == planned[0] else step, contest).ready(arrays)()
     # the forward of a backward is as planned
     assert [step.kernel for step in made] == ["forward_rows", "backward_rows", "sum_partials"]
-    assert made[1:] == [other, *steps[1:]]
+    assert made[1:] == [other, *planned[1:]]
