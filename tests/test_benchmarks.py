@@ -131,7 +131,7 @@ def test_results_from_before_there_were_clocks_can_be_read() -> None:
 
 
 def test_a_machine_that_is_not_quiet_is_told_of() -> None:
-    rows = report.read(ROOT / "benchmarks/results/cpu.csv")
+    rows = [replace(row, us_p80=1.5 * row.us_p20) for row in report.read(ROOT / "benchmarks/results/cpu.csv")]
     of_copy = next(row for row in rows if row.contestant == "copy")
     spread = [replace(of_copy, us_p20=12.2, us_p80=7990.0), *(row for row in rows if row is not of_copy)]
     assert report.warning(rows) == "" and f"in {of_copy.case} from 12.2 to 7990 us" in report.warning(spread)

@@ -122,7 +122,7 @@ def warning(rows: Sequence[Row]) -> str:
     worst = max(busy, key=lambda row: row.us_p80 / row.us_p20)
     spread = f"from {_short(worst.us_p20)} to {_short(worst.us_p80)} us (p20 to p80)"
     return (
-        f"The machine is NOT QUIET, and these figures mean nothing: in {len(busy)} of {len(copies)} contests the copy's times "
+        f"The machine was NOT QUIET in {len(busy)} of {len(copies)} contests, whose figures mean nothing: the copy's times "
         f"spread more than {QUIET:g} fold, in {worst.case} {spread}. Run this while nothing else runs."
     )
 
