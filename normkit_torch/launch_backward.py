@@ -64,7 +64,7 @@ def _ready(problem: Problem, wanted: Wanted, has_dresidual_out: bool, device: to
         planned = plan.backward_plan(problem, wanted)
         if steps.is_interpreted(planned.total):
             return None
-        dtypes = gradient_dtypes(problem, wanted) | ({} if has_dresidual_out else {"dresidual_out": None})
+        dtypes = gradient_dtypes(problem, wanted) | {"dresidual_out": problem.h_dtype if has_dresidual_out else None}
         _, rows = steps.row_arguments(problem, {"dy": None, "dresidual_out": None, "h": None})
         scalars = rows | _scalars(problem, planned, inner_rows=1)
         elements = problem.rows * problem.hidden_size

@@ -93,7 +93,12 @@ def _passed_on(problem: Problem, wanted: Wanted, dresidual_out: Tensor | None) -
 def _below(keyset: Any, operator: Any, *arguments: Any) -> Any:
     """Call an operator as the one that autograd has just seen, with its dispatch keys."""
     with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        return _past_autograd(keyset, operator, *arguments)
+
+
+def _past_autograd(keyset: Any, operator: Any, *arguments: Any) -> Any:
+    """Do so without a word to what it calls in turn: what it prepares is then prepared for calls from outside as well."""
+    return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
 def _needs_grad(arguments: tuple[Any, ...]) -> bool:
@@ -106,6 +111,20 @@ def _norm(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
     if hands_on(call_of(*arguments)):
         return tuple(_below(keyset, torch.ops.normkit.norm_and_residual.default, *arguments))
     return filled(arguments[0], (_below(keyset, torch.ops.normkit.norm_alone.default, *arguments), None))
+
+
+def _norm_alone(keyset: Any, *arguments: Any) -> Tensor:
+    if _needs_grad(arguments):  # as in a graph of inference that runs where gradients are asked for
+        y: Tensor = _Norm.apply(keyset, *arguments)[0]  # type: ignore[no-untyped-call]
+        return y
+    found: Tensor = _past_autograd(keyset, torch.ops.normkit.norm_alone.default, *arguments)
+    return found
+
+
+def _norm_and_residual(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    if _needs_grad(arguments):
+        return tuple(_Norm.apply(keyset, *arguments))  # type: ignore[no-untyped-call]
+    return tuple(_past_autograd(keyset, torch.ops.normkit.norm_and_residual.default, *arguments))
 
 
 def _norm_backward(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -169,6 +188,11 @@ class _NormBackward(torch.autograd.Function):
         return None, *(by_index.get(index) for index in range(4)), *(None,) * 6
 
 
-for _name, _differentiable in (("norm", _norm), ("norm_backward", _norm_backward)):
+for _name, _differentiable in (
+    ("norm", _norm),
+    ("norm_alone", _norm_alone),
+    ("norm_and_residual", _norm_and_residual),
+    ("norm_backward", _norm_backward),
+):
     LIBRARY.impl(_name, _differentiable, "Autograd", with_keyset=True)
 shortcut.install()

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from . import library
 
 _RESULTS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
     "norm_alone": (False, lambda made: made[0]),
-    "norm_and_residual": (False, lambda made: made[:2]),
+    "norm_and_residual": (False, lambda made: None if made[1] is None else made[:2]),
     "norm_and_statistics": (True, lambda made: library.there(made[:4])),
 }
 
@@ -32,8 +33,19 @@ def install() -> None:
 
 def _past(dispatcher: Callable[..., Any], needs_grad: bool, results: Callable[[Any], Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
-        # a graph gives all seven, by position
-        made = None if named or len(arguments) != 7 else library.prepared_norm(needs_grad, *arguments)
-        return dispatcher(*arguments, **named) if made is None else results(made)
+        # A graph gives all seven, by position. What sees operators, and has no dispatch key that the guard would look at, is to
+        # see them; and statistics are computed for autograd, which is then not to ask.
+        if (
+            named
+            or len(arguments) != 7
+            or type(arguments[4]) is not str
+            or profiler._is_profiler_enabled
+            or torch._C._len_torch_function_stack()
+            or (needs_grad and torch.is_grad_enabled())
+        ):
+            return dispatcher(*arguments, **named)
+        made = library.prepared_norm(needs_grad, *arguments)
+        found = None if made is None else results(made)
+        return dispatcher(*arguments) if found is None else found
 
     return call

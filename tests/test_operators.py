@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normkit_torch
@@ -33,8 +34,8 @@ def _compiled_anew() -> None:
     torch.compiler.reset()
 
 
-def test_what_runs_in_a_graph_has_no_derivative_to_ask_for() -> None:
-    """Forward and backward are traced to operators that autograd knows nothing of, with only what is computed."""
+def test_what_runs_in_a_graph_is_only_what_is_computed() -> None:
+    """Forward and backward are traced to the operators below autograd."""
     names: list[list[str]] = []
 
     def noting(graph: Any, _: Any) -> Any:
@@ -54,8 +55,6 @@ def test_what_runs_in_a_graph_has_no_derivative_to_ask_for() -> None:
     torch.autograd.backward([y, residual_out], [rows(5, 24), rows(5, 24)])
     forms = [["norm_and_residual", "norm_alone"]] * 2 + [["norm_and_statistics"] * 2, ["norm_gradients"] * 2]
     assert names == [[f"normkit.{name}.default" for name in each] for each in forms]
-    for name in {name for each in forms for name in each}:
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"normkit::{name}", "AutogradCPU")
 
 
 def refuse(*_: Any) -> None:
@@ -82,25 +81,87 @@ def test_a_graph_goes_past_the_dispatcher_where_the_public_functions_do(
         compiled(*(tensor.detach().double() for tensor in given()))
 
 
-def test_a_mode_sees_the_operator_of_a_prepared_call() -> None:
-    names: list[str] = []
+class SeenByDispatch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
 
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-            names.append(str(operator))
-            return operator(*arguments, **(named or {}))
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.names.append(str(operator))
+        return operator(*arguments, **(named or {}))
 
+
+class SeenByFunction(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.names.append(str(operator))
+        return operator(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("mode", [SeenByDispatch, SeenByFunction])
+def test_a_mode_sees_the_operator_of_a_prepared_call(mode: type[Any]) -> None:
     x, residual, weight, _ = operands()
     arguments = (x, residual, weight, None, "add_rms_norm", 1e-6, 0.0)
     operator = torch.ops.normkit.norm_and_residual.default
     expected = [operator(*arguments) for _ in range(3)][-1]
-    with Seen():  # type: ignore[no-untyped-call]
+    with mode() as seen:
         found = operator(*arguments)
-    assert names == ["normkit.norm_and_residual.default"]
+    assert "normkit.norm_and_residual.default" in seen.names
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     torch.testing.assert_close(
         operator(x, residual, weight=weight, bias=None, function="add_rms_norm", eps=1e-6, weight_offset=0.0), expected
     )
+
+
+def test_a_profiler_sees_the_operator_of_a_prepared_call() -> None:
+    x, weight = rows(5, 24), rows(24)
+    for _ in range(3):
+        torch.ops.normkit.norm_alone.default(x, None, weight, None, "rms_norm", 1e-6, 0.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ops.normkit.norm_alone.default(x, None, weight, None, "rms_norm", 1e-6, 0.0)
+    assert "normkit::norm_alone" in {event.name for event in profile.events()}
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(24, 24)
+        self.weight = torch.nn.Parameter(rows(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = normkit_torch.rms_norm(self.linear(x), self.weight)
+        y, residual_out = normkit_torch.add_layer_norm(y, x, self.weight)
+        return y + residual_out
+
+
+# of torch itself, where it copies a program
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+@pytest.mark.parametrize("how", ["decomposed", "without gradients"])
+def test_a_graph_of_inference_has_gradients_where_they_are_asked_for(how: str) -> None:
+    x, model = rows(5, 24), Model()
+    if how == "decomposed":
+        program = torch.export.export(model, (x,)).run_decompositions({})
+    else:
+        with torch.no_grad():
+            program = torch.export.export(model, (x,))
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    module = program.module()
+    for _ in range(3):
+        found = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+        torch.testing.assert_close(sorted(map(norm_of, found)), sorted(map(norm_of, expected)))
+
+
+def norm_of(gradient: Tensor) -> float:
+    return float(gradient.double().norm())
+
+
+@pytest.mark.parametrize("function", [3, None])
+def test_a_function_that_is_no_word_is_an_error_of_the_schema(function: Any) -> None:
+    with pytest.raises((RuntimeError, TypeError), match="function"):
+        torch.ops.normkit.norm_alone.default(rows(5, 24), None, rows(24), None, function, 1e-6, 0.0)
 
 
 WANTED = ([True] * 4, [True, False, True, True], [False, True, False, False], [True, False, False, True])

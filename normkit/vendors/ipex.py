@@ -64,11 +64,12 @@ def compute(spec: NormSpec, given: Given, out: Results | None) -> Results:
     if not in_place and spec.kind == "rms" and residual.element_size() == 4:
         # which is faster than to add once more, and in 16 bits would round y otherwise
         residual, in_place = residual_out.copy_(residual), True
-    y.copy_(add_norm(residual, x, weight, bias, spec.eps, in_place))
+    normed = add_norm(residual, x, weight, bias, spec.eps, in_place)
     if not in_place:
         import torch
 
         torch.add(x, residual, out=residual_out)
+    y.copy_(normed)  # last, as it may be where x is
     return out
 
 
