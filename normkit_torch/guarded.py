@@ -55,7 +55,7 @@ def in_python(guarded: Guarded, bind: Bind) -> Run:
             return None
         arrays = (None, *given, *[new() for new in make]) if make else (None, *given)
         addresses = (0, *map(address_of, arrays[1:]), bind)
-        launch = bound.get(addresses) or bound_to(addresses) if pairs else bind(pointers_of(addresses))
+        launch = (bound.get(addresses) or bound_to(addresses)) if pairs else bind(pointers_of(addresses))
         if launch is None:
             return None
         launch()
