@@ -11,7 +11,7 @@ array, and `sum_partials` adds these up in a fixed order: dweight and dbias are 
 import triton
 import triton.language as tl
 
-from .rows import at, row_start, store_rows
+from .rows import row_start, store_rows
 
 
 @triton.jit
@@ -187,8 +187,10 @@ def backward_twice(
         dy_row = dy_ptr + row_start(row, inner_rows, dy_outer, dy_inner, HIDDEN, CONTIGUOUS)
         h_row = h_ptr + row_start(row, inner_rows, h_outer, h_inner, HIDDEN, CONTIGUOUS)
         pointers = (dy_row, h_row, weight_ptr)
-        stream = at(dresidual_out_ptr, row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS))
-        results = (at(dx_ptr, row * HIDDEN), at(dresidual_ptr, row * HIDDEN))
+        stream_start = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)
+        stream = None if dresidual_out_ptr is None else dresidual_out_ptr + stream_start
+        dx_row = None if dx_ptr is None else dx_ptr + row * HIDDEN
+        results = (dx_row, None if dresidual_ptr is None else dresidual_ptr + row * HIDDEN)
         rstd = tl.load(rstd_ptr + row)
         mean = tl.load(mean_ptr + row) if SUBTRACT_MEAN else 0.0
         sums, zero = (0.0, 0.0), tl.minimum(rows, 0)

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .rows import at, load_h, rounded, row_start, statistics, store_rows, weighted
+from .rows import load_h, rounded, row_start, statistics, store_rows, weighted
 
 
 @triton.jit(do_not_specialize=["rows", "inner_rows"])
@@ -51,9 +51,10 @@ def forward_rows(
         # by other addresses and with another hint, or the compiler would hold what it has loaded already
         again = load_h(x_ptr, residual_ptr, x_start + column, residual_start + column, mask, "evict_last")
         _keep_statistics(rounded(again, residual_out_ptr), mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
-    h = load_h(at(x_ptr, x_start), at(residual_ptr, residual_start), column, column, mask, "evict_first")
+    residual_row = None if residual_ptr is None else residual_ptr + residual_start
+    h = load_h(x_ptr + x_start, residual_row, column, column, mask, "evict_first")
     kept = rounded(h, residual_out_ptr)
-    store_rows(at(residual_out_ptr, residual_out_start), kept, column, mask, "")
+    store_rows(None if residual_out_ptr is None else residual_out_ptr + residual_out_start, kept, column, mask, "")
     if rstd_ptr is not None and not AGAIN:
         # first, as then less is held at once
         _keep_statistics(kept, mean_ptr, rstd_ptr, row, in_rows, mask, eps, HIDDEN, SUBTRACT_MEAN)
@@ -61,7 +62,7 @@ def forward_rows(
         h = kept
     h, _, rstd = statistics(h, mask, eps, HIDDEN, SUBTRACT_MEAN)
     y = weighted(h * rstd[:, None], x_ptr, weight_ptr, bias_ptr, weight_offset, column, column < HIDDEN, ROUNDING)
-    store_rows(at(y_ptr, y_start), y, column, mask, "")
+    store_rows(y_ptr + y_start, y, column, mask, "")
 
 
 @triton.jit

@@ -18,14 +18,6 @@ def row_start(row, inner_rows, outer, inner, HIDDEN: tl.constexpr, CONTIGUOUS: t
 
 
 @triton.jit
-def at(ptr, start):
-    """Return the address of a row, or None where there is no array: from there on, 32 bits count elements."""
-    if ptr is not None:
-        ptr = ptr + start
-    return ptr
-
-
-@triton.jit
 def load_h(x_ptr, residual_ptr, x_offset, residual_offset, mask, KEEP: tl.constexpr):
     """Return x + residual in float32. KEEP says to the caches how soon they are needed again."""
     h = tl.load(x_ptr + x_offset, mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
