@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from .at_once import at_once
 from .fake_driver import DEVICE, OTHER_DEVICE, FakeDriver, compiled
 
 pytest.importorskip("torch")
@@ -111,10 +111,8 @@ def test_each_device_has_its_own_kernels(driver: FakeDriver) -> None:
 
 def test_threads_at_once(driver: FakeDriver) -> None:
     wrong: list[object] = []
-    barrier = threading.Barrier(8)
 
     def work(number: int) -> None:
-        barrier.wait()
         for turn in range(40):
             x, residual, weight = rows(1 + turn % 5, number % 2 == 1), rows(1 + turn % 5), parameter()
             normkit_torch.add_rms_norm_(x, residual, weight, eps=float(number))
@@ -123,11 +121,7 @@ def test_threads_at_once(driver: FakeDriver) -> None:
             if (residual.data_ptr(), weight.data_ptr(), len(x), float(number)) not in told:
                 wrong.append((number, turn))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work)
     assert not wrong and len(driver.launches) == 8 * 40
     assert len(compiled()["forward_rows"]) == len(driver.loaded) == 2
 

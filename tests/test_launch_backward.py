@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from .at_once import at_once
 from .fake_driver import DEVICE, OTHER_DEVICE, FakeDriver
 
 pytest.importorskip("torch")
@@ -183,10 +183,8 @@ def test_threads_at_once(driver: FakeDriver) -> None:
     for count in (3, 8):
         Pass(driver, count)
     wrong: list[object] = []
-    barrier = threading.Barrier(8)
 
     def work(number: int) -> None:
-        barrier.wait()
         for turn in range(30):
             count = (3, 8)[(number + turn) % 2]
             found = Pass(driver, count)
@@ -197,11 +195,7 @@ def test_threads_at_once(driver: FakeDriver) -> None:
 
     driver.launches.clear()
     with only_the_short_way():
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(work)
     assert not wrong and len(driver.launches) == 8 * 30 * 4
 
 

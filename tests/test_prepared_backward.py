@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from .at_once import at_once
 from .frameworks import installed
 
 if "torch" not in installed():
@@ -226,17 +226,13 @@ def test_threads_at_once() -> None:
     prepared.forget()
     wrong: list[int] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for turn in range(100):
             count = counts[turn % len(counts)]
             if not all(map(torch.equal, backward(given=leaves(count=count)), expected[count])):
                 wrong.append(count)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work)
     assert not wrong
 
 

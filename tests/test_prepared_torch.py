@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from decimal import Decimal
@@ -14,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from .at_once import at_once
 from .frameworks import installed
 
 if "torch" not in installed():
@@ -250,17 +250,13 @@ def test_threads_at_once() -> None:
     prepared.forget()
     wrong: list[tuple[int, int]] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for turn in range(200):
             shape = shapes[turn % len(shapes)]
             if not torch.equal(rms_norm(rows(*shape)), expected[shape]):
                 wrong.append(shape)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work)
     assert not wrong
 
 
