@@ -132,7 +132,11 @@ def keep(call: Call, problem: Problem, kernels: object, known_as: object = None)
         return
     if call.residual_out is not None and problem.residual_out_dtype is None:
         return  # x is copied there by other means than the kernel's
-    run = _run(_guarded(problem, tensors), kernels, "", call.x.device)
+    guarded = _guarded(problem, tensors)
+    if hasattr(kernels, "compute"):
+        run: Run | None = on_tensors(guarded, kernels.compute)
+    else:
+        run = _run(guarded, getattr(kernels, "runner", None), getattr(kernels, "launcher", None), call.x.device)
     if run is None:
         return
     requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -173,16 +177,19 @@ def keep_backward(known_as: tuple[object, ...], problem: Problem, wanted: Wanted
         address_of=Tensor.data_ptr,
         count_as_written=_increment_version,
     )
-    run = _run(guarded, kernels, "backward_", wanted, tensors[1] is not None, device)
+    own = getattr(kernels, "backward_runner", None), getattr(kernels, "backward_launcher", None)
+    run = _run(guarded, *own, wanted, tensors[1] is not None, device)
     if run is not None:
         _keep(known_as, Prepared(get_num_threads(), False, run, problem))
 
 
-def _run(guarded: Guarded, kernels: Any, pass_: str, *facts: object) -> Run | None:
-    runner, launcher = (getattr(kernels, f"{pass_}{name}", None) for name in ("runner", "launcher"))
-    run = runner(guarded) if runner else on_tensors(guarded, kernels.compute) if hasattr(kernels, "compute") else None
-    bind = launcher(guarded.problem, *facts) if launcher and run is None else None
-    return in_python(guarded, bind) if bind else run
+def _run(guarded: Guarded, runner: Any, launcher: Any, *facts: object) -> Run | None:
+    """Return what an implementation's own functions make of a call: at once, or of what binds its kernels to addresses."""
+    run: Run | None = runner(guarded) if runner else None
+    if run is not None or launcher is None:
+        return run
+    bind = launcher(guarded.problem, *facts)
+    return None if bind is None else in_python(guarded, bind)
 
 
 def _keep(key: tuple[object, ...], ready: Prepared) -> None:
