@@ -127,9 +127,8 @@ void backward_rows(const Backward &call, const Scratch &scratch, int64_t part, i
         int64_t index = kind * scratch.batch + rows.count;
         return reading != Reading::FLOAT32 ? own : widened(own, dtype, hidden, scratch.row(worker, index));
     };
-    auto compute = [&](Gradient function, void *out, int64_t dtype, bool adds) {
-        void *out_rows = from(out, first * hidden, dtype);
-        function(rows, scratch.weight, out_rows, adds ? dweight : nullptr, adds ? dbias : nullptr, hidden);
+    auto compute = [&](Gradient function, void *out, int64_t dtype, float *to_dweight, float *to_dbias) {
+        function(rows, scratch.weight, from(out, first * hidden, dtype), to_dweight, to_dbias, hidden);
     };
     for (; first < last; first += rows.count) {
         for (rows.count = 0; rows.count < scratch.batch && first + rows.count < last; ++rows.count) {
@@ -146,12 +145,13 @@ void backward_rows(const Backward &call, const Scratch &scratch, int64_t part, i
             }
         }
         if (call.dx) {
-            compute(gradient_for(reading, call.dx_dtype, call.dresidual_out, adds), call.dx, call.dx_dtype, true);
+            compute(gradient_for(reading, call.dx_dtype, call.dresidual_out, adds), call.dx, call.dx_dtype, dweight, dbias);
         } else if (adds) {
-            compute(additions_for(reading), nullptr, FLOAT32, true);
+            compute(additions_for(reading), nullptr, FLOAT32, dweight, dbias);
         }
         if (call.dresidual) {
-            compute(gradient_for(reading, call.dresidual_dtype, call.dresidual_out, false), call.dresidual, call.dresidual_dtype, false);
+            const Gradient function = gradient_for(reading, call.dresidual_dtype, call.dresidual_out, false);
+            compute(function, call.dresidual, call.dresidual_dtype, nullptr, nullptr);
         }
     }
 }
