@@ -123,7 +123,7 @@ done
 # Compiles what the benchmarks will call, into the caches above. Triton's kernels are the same for any number of rows.
 few=()
 for exponent in 7 9 10 11 12 13 14 15 16 17 18 20; do few+=("8x$((2 ** exponent))"); done
-by_torch=(--contestants normkit_torch torch.compile --passes forward backward)
+by_torch=(--contestants normkit_torch normkit_torch.compile torch.compile --passes forward backward)
 by_torch+=(--cases 1048576x128 131072x1024 32768x4096 16384x8192 4096x32768 1024x131072)
 sweep+=(--kinds rms --without sum_partials --hidden-sizes 1024 4096 8192 16384 65536)
 if [[ ! $tiny ]]; then

@@ -10,7 +10,7 @@ is an empty tensor or not there. Each argument costs time in each call, so those
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from normkit.arrays import dtype_name
-from normkit.call import Call
+from normkit.call import FUNCTIONS, Call
 from normkit.errors import OptionError
 from normkit.interface import Gradients, Wanted
 from normkit.spec import NormSpec, Problem
@@ -62,6 +62,8 @@ def call_of(
 ) -> Call:
     """Return the call that an operator's arguments are."""
     name, *options = _values(function, _OPTIONS)
+    if name not in FUNCTIONS:
+        raise OptionError(f"{name!r} is not one of the functions {', '.join(FUNCTIONS)}")
     return Call(name, x, residual, weight, bias, eps, offset, *options)
 
 
@@ -81,43 +83,19 @@ def there(results: Iterable[Tensor | None]) -> list[Tensor]:
     return [result for result in results if result is not None]
 
 
-def prepared_norm(
-    needs_grad: bool,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    function: str,
-    *numbers: float,
-) -> Any:
-    """Return y, residual_out, mean, rstd and more, None for those that there are not; or None if no such call was prepared."""
+@lru_cache(1024, typed=True)
+def known(function: str, eps: float, weight_offset: float, needs_grad: bool) -> tuple[Any, ...]:
+    """Return what the calls of an operator are prepared by."""
     name, *options = _values(function, _OPTIONS)
-    return prepared.forward(name, (x, residual, weight, bias, None, None), (*numbers, *options), needs_grad)
+    return prepared.known(name, (eps, weight_offset, *options), needs_grad)
 
 
-def _computed(needs_grad: bool, *arguments: Any) -> Any:
-    return prepared_norm(needs_grad, *arguments) or dispatch.forward(call_of(*arguments), needs_grad)
+def _computed(arguments: tuple[Any, ...], needs_grad: bool) -> Any:
+    tensors = (*arguments[:4], None, None)
+    return prepared.again(known(*arguments[4:], needs_grad), tensors) or dispatch.forward(call_of(*arguments), needs_grad)
 
 
-def _norm(*arguments: Any) -> tuple[Tensor, ...]:
-    return filled(arguments[0], _computed(False, *arguments)[:2])
-
-
-def _norm_alone(*arguments: Any) -> Tensor:
-    y: Tensor = _computed(False, *arguments)[0]
-    return y
-
-
-def _norm_and_residual(*arguments: Any) -> tuple[Tensor, Tensor]:
-    y, residual_out, *_ = _computed(False, *arguments)
-    return y, residual_out
-
-
-def _norm_and_statistics(*arguments: Any) -> list[Tensor]:
-    return there(_computed(True, *arguments)[:4])
-
-
-def _faked(needs_grad: bool, arguments: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+def _faked(arguments: tuple[Any, ...], needs_grad: bool) -> tuple[Tensor | None, ...]:
     call = call_of(*arguments)
     problem = call.problem(dispatch.operand)
     statistics = problem.compute_dtype if needs_grad else None
@@ -128,22 +106,6 @@ def _faked(needs_grad: bool, arguments: tuple[Any, ...]) -> tuple[Tensor | None,
         _new(x, x.shape[:-1], statistics if problem.spec.subtract_mean else None),
         _new(x, x.shape[:-1], statistics),
     )
-
-
-def _norm_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return filled(arguments[0], _faked(False, arguments)[:2])
-
-
-def _norm_alone_fake(*arguments: Any) -> Any:
-    return _faked(False, arguments)[0]
-
-
-def _norm_and_residual_fake(*arguments: Any) -> Any:
-    return _faked(False, arguments)[:2]
-
-
-def _norm_and_statistics_fake(*arguments: Any) -> list[Tensor]:
-    return there(_faked(True, arguments))
 
 
 def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
@@ -228,14 +190,6 @@ def _gradients(
     return dispatch.backward(problem, Wanted(*wanted), dy, dresidual_out, h, weight, mean, rstd, implementation, known_as)
 
 
-def _norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return filled(arguments[2], _gradients(*arguments))
-
-
-def _norm_gradients(*arguments: Any) -> list[Tensor]:
-    return there(_gradients(*arguments))
-
-
 def _gradients_fake(
     dy: Tensor,
     dresidual_out: Tensor | None,
@@ -255,26 +209,53 @@ def _gradients_fake(
     return [_new(h, shape, dtype) if asked else None for shape, dtype, asked in given]
 
 
-def _norm_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return filled(arguments[2], _gradients_fake(*arguments))
+def _two(x: Tensor, made: Any) -> Any:
+    return made[:2] if made[1] is not None else (made[0], x.new_empty(0))
 
 
-def _norm_gradients_fake(*arguments: Any) -> list[Tensor]:
-    return there(_gradients_fake(*arguments))
-
-
-_FUNCTIONAL = f"(Tensor x, Tensor? residual, {_NORM})"
+Results = Callable[[Tensor, Any], Any]
 _TWO = "(Tensor y, Tensor residual_out)"
 _FOUR = "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
-for _name, _schema, _run, _fake in (
-    ("norm", f"{_FUNCTIONAL} -> {_TWO}", _norm, _norm_fake),
-    ("norm_alone", f"{_FUNCTIONAL} -> Tensor", _norm_alone, _norm_alone_fake),
-    ("norm_and_residual", f"{_FUNCTIONAL} -> {_TWO}", _norm_and_residual, _norm_and_residual_fake),
-    ("norm_and_statistics", f"{_FUNCTIONAL} -> Tensor[]", _norm_and_statistics, _norm_and_statistics_fake),
-    ("norm_", f"(Tensor(a!) x, Tensor(b!) residual, {_NORM}) -> ()", _norm_in_place, _norm_in_place_fake),
-    ("norm_backward", f"{_GRADIENT} -> {_FOUR}", _norm_backward, _norm_backward_fake),
-    ("norm_gradients", f"{_GRADIENT} -> Tensor[]", _norm_gradients, _norm_gradients_fake),
-):
-    LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"normkit::{_name}", _fake, lib=LIBRARY)
+# Of each: what it returns, by x and y, residual_out, mean, rstd; and whether it computes the last two.
+FORWARD: dict[str, tuple[str, Results, bool]] = {
+    "norm": (_TWO, _two, False),
+    "norm_alone": ("Tensor", lambda x, made: made[0], False),
+    "norm_and_residual": (_TWO, _two, False),
+    "norm_and_statistics": ("Tensor[]", lambda x, made: there(made[:4]), True),
+}
+# The same, by h and the gradients.
+BACKWARD: dict[str, tuple[str, Results]] = {
+    "norm_backward": (_FOUR, filled),
+    "norm_gradients": ("Tensor[]", lambda h, made: there(made)),
+}
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"normkit::{name}", fake, lib=LIBRARY)
+
+
+def _define_forward(name: str, returned: str, results: Results, needs_grad: bool) -> None:
+    _define(
+        name,
+        f"(Tensor x, Tensor? residual, {_NORM}) -> {returned}",
+        lambda *arguments: results(arguments[0], _computed(arguments, needs_grad)),
+        lambda *arguments: results(arguments[0], _faked(arguments, needs_grad)),
+    )
+
+
+def _define_backward(name: str, returned: str, results: Results) -> None:
+    _define(
+        name,
+        f"{_GRADIENT} -> {returned}",
+        lambda *arguments: results(arguments[2], _gradients(*arguments)),
+        lambda *arguments: results(arguments[2], _gradients_fake(*arguments)),
+    )
+
+
+for _name, _row in FORWARD.items():
+    _define_forward(_name, *_row)
+_define("norm_", f"(Tensor(a!) x, Tensor(b!) residual, {_NORM}) -> ()", _norm_in_place, _norm_in_place_fake)
+for _name, _gradient_row in BACKWARD.items():
+    _define_backward(_name, *_gradient_row)

@@ -63,41 +63,51 @@ def forward(known_as: object, tensors: Arrays, options: Options, needs_grad: boo
         options: the others.
         needs_grad: whether the statistics are wanted.
     """
+    return again(known(known_as, options, needs_grad), tensors)
+
+
+def known(known_as: object, options: Options, needs_grad: bool) -> tuple[Any, ...]:
+    """Return what decides on a call besides its tensors; arguments as for `forward`."""
+    # 1.0, True and Decimal(1) are one key, and not all of them are right
+    return known_as, options, type(options[0]), type(options[1]), needs_grad
+
+
+def again(call: tuple[Any, ...], tensors: Arrays) -> Results | None:
+    """Do as `forward` does, for what `known` has returned."""
     try:
-        ready = _latest.get((known_as, options, type(options[0]), type(options[1]), needs_grad))
+        ready = _latest.get(call)
     except TypeError:  # an option that cannot be hashed is none that there is
         return None
     if ready is None:
         return None
     threads, requires_grad, run, _ = ready
     try:
-        if threads == get_num_threads() and (not requires_grad or needs_grad or not is_grad_enabled()):
+        if threads == get_num_threads() and (not requires_grad or call[-1] or not is_grad_enabled()):
             made = run(tensors)
             if made is not None:
                 return made
-        return _search(known_as, tensors, options, needs_grad)
+        return _search(call, tensors)
     except LaunchError:  # it has written nothing, and the long way tries again, then says why and goes on
         forget()
         return None
 
 
 # what torch.compile could not compile as a whole it compiles frame by frame: not this, and nothing that it calls
-set_code_exec_strategy(forward.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+set_code_exec_strategy(again.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
-def _search(known_as: object, tensors: Arrays, options: Options, needs_grad: bool) -> Results | None:
+def _search(call: tuple[Any, ...], tensors: Arrays) -> Results | None:
     try:
-        known = known_as, options, type(options[0]), type(options[1]), needs_grad
-        alike = _calls.get((*known, tensors[0].shape, tensors[0].dtype, *map(type, tensors)))
+        alike = _calls.get((*call, tensors[0].shape, tensors[0].dtype, *map(type, tensors)))
     # what is no tensor has no shape, nor has a nested one, and that of a fake one is not always known
     except (AttributeError, RuntimeError, TypeError):
         return None
     for ready in alike or ():
         threads, requires_grad, run, _ = ready
-        fits_now = threads == get_num_threads() and (not requires_grad or needs_grad or not is_grad_enabled())
+        fits_now = threads == get_num_threads() and (not requires_grad or call[-1] or not is_grad_enabled())
         made = run(tensors) if fits_now else None
         if made is not None:
-            _latest[known] = ready
+            _latest[call] = ready
             return made
     return None
 
@@ -141,10 +151,9 @@ def keep(call: Call, problem: Problem, kernels: object, known_as: object = None)
         return
     requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     ready = Prepared(get_num_threads(), requires_grad, run, problem)
-    # 1.0, True and Decimal(1) are one key, and not all of them are right
-    known = known_as or function, options, type(options[0]), type(options[1]), problem.needs_grad
-    _keep((*known, call.x.shape, call.x.dtype, *map(type, tensors)), ready)
-    _latest[known] = ready
+    key = known(known_as or function, options, problem.needs_grad)
+    _keep((*key, call.x.shape, call.x.dtype, *map(type, tensors)), ready)
+    _latest[key] = ready
 
 
 def keep_backward(known_as: tuple[object, ...], problem: Problem, wanted: Wanted, tensors: Arrays, kernels: object) -> None:

@@ -11,41 +11,50 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import profiler
+from torch import Tensor
+from torch._C import _len_torch_function_stack
+from torch.autograd import forward_ad, profiler
 
-from . import library
-
-_RESULTS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
-    "norm_alone": (False, lambda made: made[0]),
-    "norm_and_residual": (False, lambda made: None if made[1] is None else made[:2]),
-    "norm_and_statistics": (True, lambda made: library.there(made[:4])),
-}
+from . import prepared
+from .library import FORWARD, Results, known
 
 
 def install() -> None:
     """Have the operators for forward passes look for a prepared call first."""
-    for name, (needs_grad, results) in _RESULTS.items():
+    for name in FORWARD.keys() - {"norm"}:
         overload = getattr(torch.ops.normkit, name).default
         # what calling an overload calls; private to torch, and without it the operators do as they did
         if hasattr(overload, "_op"):
-            overload._op = _past(overload._op, needs_grad, results)
+            _, results, needs_grad = FORWARD[name]
+            overload._op = _past(overload._op, results, needs_grad)
 
 
-def _past(dispatcher: Callable[..., Any], needs_grad: bool, results: Callable[[Any], Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
-        # A graph gives all seven, by position. What sees operators, and has no dispatch key that the guard would look at, is to
-        # see them; and statistics are computed for autograd, which is then not to ask.
-        if (
-            named
-            or len(arguments) != 7
-            or type(arguments[4]) is not str
-            or profiler._is_profiler_enabled
-            or torch._C._len_torch_function_stack()
+def _past(dispatcher: Callable[..., Any], results: Results, needs_grad: bool) -> Callable[..., Any]:
+    def call(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        function: str,
+        eps: float,
+        weight_offset: float,
+    ) -> Any:
+        # What sees operators, and has no dispatch key that the guard would look at, is to see them; and statistics are
+        # computed for autograd, which is then not to ask.
+        if not (
+            profiler._is_profiler_enabled
+            or _len_torch_function_stack()
+            or forward_ad._current_level >= 0
             or (needs_grad and torch.is_grad_enabled())
         ):
-            return dispatcher(*arguments, **named)
-        made = library.prepared_norm(needs_grad, *arguments)
-        found = None if made is None else results(made)
-        return dispatcher(*arguments) if found is None else found
+            try:
+                like_before = known(function, eps, weight_offset, needs_grad)
+            except (AttributeError, TypeError):  # not a type of the schema, as the dispatcher will say
+                made = None
+            else:
+                made = prepared.again(like_before, (x, residual, weight, bias, None, None))
+            if made is not None:
+                return results(x, made)
+        return dispatcher(x, residual, weight, bias, function, eps, weight_offset)
 
     return call

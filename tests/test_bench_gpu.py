@@ -78,7 +78,10 @@ def test_the_usual_cases_move_a_gibibyte() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "cuda", "--contestants", "ipex"], "no such contestant on cuda; there are normkit_torch, torch"),
+        (
+            ["--device", "cuda", "--contestants", "ipex"],
+            "no such contestant on cuda; there are normkit_torch, normkit_torch.compile",
+        ),
         (["--device", "cuda", "--frameworks", "jax"], "none of the contestants on cuda belongs to --frameworks jax"),
         (["--clocks", "device"], "on the processor there is only the clock host"),
         (["--device", "cuda", "--clocks", "graph"], "is for --passes forward in-place, got forward in-place backward"),

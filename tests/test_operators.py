@@ -235,3 +235,23 @@ def _operator_inputs() -> list[tuple[Any, tuple[Any, ...]]]:
 def test_opcheck(index: int) -> None:
     operator, given = _operator_inputs()[index]
     torch.library.opcheck(operator, given)
+
+
+def test_a_function_that_there_is_not_is_refused() -> None:
+    with pytest.raises(OptionError, match="'batch_norm' is not one of the functions rms_norm"):
+        torch.ops.normkit.norm_alone(rows(5, 24), None, None, None, "batch_norm", 1e-6, 0.0)
+
+
+def test_a_residual_that_there_is_not_is_empty_and_never_none() -> None:
+    for _ in range(3):  # then by a call like the first
+        _, residual_out = torch.ops.normkit.norm_and_residual.default(rows(5, 24), None, rows(24), None, "rms_norm", 1e-6, 0.0)
+        assert residual_out.shape == (0,)
+
+
+@pytest.mark.parametrize("eps", [0, 1])
+def test_numbers_of_another_type_are_as_the_schema_takes_them(eps: int) -> None:
+    """Such as in a graph that was written by hand: 1 and 1.0 are one key, and calls that are prepared tell types apart."""
+    x = rows(5, 24)
+    for _ in range(2):
+        given = x, None, None, None, "rms_norm"
+        assert torch.equal(*(torch.ops.normkit.norm_alone.default(*given, number, 0.0) for number in (eps, float(eps))))

@@ -61,6 +61,7 @@ class Contestant:
 
 TABLE = (
     Contestant("normkit_torch", "torch", with_torch.normkit_torch, ours=True, devices=NAMES),
+    Contestant("normkit_torch.compile", "torch", with_torch.normkit_compiled, devices=NAMES),
     Contestant("torch", "torch", with_torch.eager, devices=NAMES),
     Contestant("torch.compile", "torch", with_torch.compiled, devices=NAMES),
     Contestant("vllm", "torch", with_torch.vllm_operator, with_torch.vllm_refusal, devices=NAMES),
