@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jax import Array
@@ -12,7 +13,7 @@ from normkit import registry
 from normkit.call import Arrays, Call, Options, bind
 from normkit.registry import Verdict
 
-from . import dispatch, gradient
+from . import device, dispatch, gradient
 from .implementations import TABLE
 
 
@@ -239,7 +240,9 @@ def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: A
         [('ipex', False), ('vllm', False), ('triton', False), ('cpu', True), ('reference', True)]
     """
     call = dispatch.as_jax(bind(globals(), function, x, *arrays, **options))
-    return registry.explain(dispatch.problem_of(call, needs_grad=False), TABLE)
+    problem = dispatch.problem_of(call, needs_grad=False)
+    arch = device.arch_of(problem.platform, device.devices_of(call.x))
+    return registry.explain(replace(problem, arch=arch), TABLE)
 
 
 def compute(function: str, arrays: Arrays, options: Options) -> Any:
