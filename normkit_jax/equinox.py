@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from normkit.checkpoint import Weights
 from normkit.errors import MissingPackageError
 from normkit.spec import NormSpec
 
 from . import modules
+from .dispatch import ArrayLike
 from .functional import add_layer_norm, add_rms_norm
 
 try:

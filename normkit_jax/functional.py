@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from normkit import registry
 from normkit.call import Arrays, Call, Options, bind
 from normkit.registry import Verdict
 
 from . import device, dispatch, gradient
+from .dispatch import ArrayLike
 from .implementations import TABLE
 
 
@@ -100,7 +101,8 @@ def add_rms_norm(
     Gradients flow through both results to every array; jit, vmap, scan, shard_map and jax.checkpoint apply.
 
     Args:
-        x: JAX or NumPy array of shape (..., hidden_size); float32, bfloat16, float16, or float64 where jax_enable_x64 is set.
+        x: JAX or NumPy array, or what has __jax_array__ as flax.nnx.Param does, of shape (..., hidden_size); float32, bfloat16,
+            float16, or float64 where jax_enable_x64 is set: without it NumPy's float64 becomes float32, as everywhere in JAX.
         residual: of x's shape, any of these dtypes. With None, h is x, and residual_out is x itself.
         weight: of shape (hidden_size,), any of these dtypes; None means ones.
         bias: of shape (hidden_size,), any of these dtypes; None means zeros.

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from normkit.arrays import dtype_name, framework_of
 from normkit.checkpoint import Weights, as_weights
 
+from .dispatch import ArrayLike
 from .functional import add_layer_norm, add_rms_norm
 
 
