@@ -25,7 +25,7 @@ from normkit.spec import Problem
 from . import device, dispatch
 from .implementations import TABLE
 from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot, backward_signature, forward_signature
-from .partition import by_rows, common_spec, needs_devices, with_devices
+from .partition import BY_ROWS, PORTABLE, UNKNOWN, by_rows, common_spec, needs_devices, placement
 from .target import arch_of, expected
 
 # JAX's names; "other" stands for every platform without kernels of its own, such as tpu.
@@ -144,18 +144,13 @@ def _fold(
     return arrays, axes, replace(problem, shape=(size, *problem.shape))
 
 
-def lowering(function: str, platform: str) -> Callable[..., Any]:
+def lowering(function: str, lowered_for: str) -> Callable[..., Any]:
     """Return the rule that lowers a primitive, "forward" or "backward", for a platform: trace what is chosen for it."""
 
     def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> Any:
-        exported = context.module_context.lowering_parameters.for_export
-        portable = bool(exported or len(context.module_context.platforms) > 1)
-        # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it. And
-        # where shard_map has taken some axes of a mesh already, XLA does not say how the others are used.
-        axes = context.module_context.axis_context
-        whole = bool(exported or getattr(axes, "manual_axes", None) or getattr(axes, "num_devices", 1) == 1)
-        placed = context if whole else with_devices(context)
-        problem = replace(problem, platform=device.PLATFORMS.get(platform, platform), portable=portable, spread=placed is None)
+        kind, placed = placement(context)
+        platform = device.PLATFORMS.get(lowered_for, lowered_for)
+        problem = replace(problem, platform=platform, portable=kind == PORTABLE, spread=kind == UNKNOWN)
         problem = _with_arch(problem, implementation, device.lowered_for(context))
 
         def compute(problem: Problem, *given: Array) -> list[Array]:
@@ -164,9 +159,9 @@ def lowering(function: str, platform: str) -> Callable[..., Any]:
         def compute_by_rows(*given: Array) -> list[Array]:
             return by_rows(compute, problem, _SIGNATURES[function](problem, **wanted), given)
 
-        if whole or not getattr(dispatch.kernels_of(problem, implementation), "PER_DEVICE", False):
-            return mlir.lower_fun(partial(compute, problem), multiple_results=True)(context, *operands)
-        return mlir.lower_fun(compute_by_rows, multiple_results=True)(placed, *operands)
+        if kind == BY_ROWS and getattr(dispatch.kernels_of(problem, implementation), "PER_DEVICE", False):
+            return mlir.lower_fun(compute_by_rows, multiple_results=True)(placed, *operands)
+        return mlir.lower_fun(partial(compute, problem), multiple_results=True)(context, *operands)
 
     return rule
 
