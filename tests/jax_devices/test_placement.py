@@ -15,7 +15,11 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import normkit_jax
+from normkit_jax import launch
 from normkit_jax.partition import BY_ROWS, PORTABLE, UNKNOWN, WHOLE, Placement, needs_devices, placement
+
+from .conftest import IMPLEMENTATION
 
 X = jnp.ones((8, 16))
 Asked = tuple[Callable[[Any], Any], list[Placement], Primitive]
@@ -76,3 +80,13 @@ def test_a_primitive_that_needs_devices_has_them_without_a_mesh(asked: Asked) ->
     needs_devices(primitive)
     jax.jit(lambda x: where(x), out_shardings=NamedSharding(mesh_of(), P("a"))).lower(X)
     assert [one.kind for one in found] == [BY_ROWS]
+
+
+@pytest.mark.skipif(IMPLEMENTATION != "reference", reason="once is enough")
+def test_a_target_that_is_named_only_for_the_lowering() -> None:
+    """JAX then does not tell the devices; the launch is for all rows, which XLA gathers."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    norm = jax.jit(partial(normkit_jax.rms_norm, eps=0.25), out_shardings=NamedSharding(mesh_of(), P("a")))
+    traced = norm.trace(X)
+    with normkit_jax.target("sm_90"):
+        assert str(traced.lower(lowering_platforms=("cuda",)).as_text()).count(f"@{launch.TARGET}") == 1
