@@ -22,8 +22,12 @@ def platform_of(array: Array) -> str:
         >>> platform_of(jnp.ones(3)) == jax.default_backend()
         True
     """
-    device = jax.devices()[0] if isinstance(array, jax.core.Tracer) else next(iter(array.devices()))
-    return _platform(device)
+    return _platform(next(iter(devices_of(array))))
+
+
+def devices_of(array: Array) -> Iterable[jax.Device]:
+    """Return the devices that an array is on, for a traced one JAX's default."""
+    return jax.devices() if isinstance(array, jax.core.Tracer) else array.devices()
 
 
 def lowered_for(context: Any) -> tuple[jax.Device, ...]:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from normkit import registry
-from normkit.arrays import Array, dtype_name, not_an_array
+from normkit.arrays import FLOAT_DTYPES, Array, dtype_name, not_an_array
 from normkit.call import Call
 from normkit.errors import DeviceError, DtypeError, OptionError
 from normkit.interface import Kernels
@@ -20,14 +20,23 @@ from . import device
 from .implementations import TABLE
 
 
+class HasJaxArray(Protocol):
+    """What says by itself which JAX array it is, as flax.nnx.Param does."""
+
+    def __jax_array__(self) -> jax.Array:
+        """Return the array."""
+
+
+ArrayLike = jax.Array | np.ndarray[Any, Any] | HasJaxArray
+"""What is taken for an array. Not scalars, unlike jax.typing.ArrayLike: they have no rows."""
+
+
 def as_jax(call: Call) -> Call:
-    """Return the call with NumPy arrays made JAX arrays, after checking what only JAX knows: x64 and committed devices."""
-    for name, array in call.arrays.items():
-        if not isinstance(array, jax.Array | np.ndarray):
-            raise not_an_array(name, array, "a JAX or NumPy array")
-    asked = [*call.dtypes().values(), *(dtype_name(array.dtype) for array in call.arrays.values())]
-    if "float64" in asked and not jax.config.read("jax_enable_x64"):
-        raise DtypeError("float64 was asked for, which JAX has only after jax.config.update('jax_enable_x64', True)")
+    """Return the call with JAX arrays, after checking what only JAX knows: x64 and committed devices."""
+    call = call.with_arrays(_as_array)
+    for name, dtype in call.dtypes().items():
+        if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise DtypeError(f"{name}='float64' is what JAX has only after jax.config.update('jax_enable_x64', True)")
     for name in ("eps", "weight_offset"):
         value = getattr(call, name)
         if isinstance(value, jax.Array):
@@ -38,7 +47,19 @@ def as_jax(call: Call) -> Call:
                 f"{traced if isinstance(value, jax.core.Tracer) else known}"
             )
     _check_devices(call.arrays)
-    return call.with_arrays(lambda _, array: jnp.asarray(array))
+    return call
+
+
+def _as_array(name: str, given: Any) -> jax.Array:
+    is_array = isinstance(given, jax.Array) or not hasattr(given, "__jax_array__")
+    array = given if is_array else given.__jax_array__()
+    if not isinstance(array, jax.Array | np.ndarray):
+        raise not_an_array(name, array, "a JAX or NumPy array (jax.numpy.asarray makes one)")
+    try:
+        # what is differentiated may be NumPy's within; and float64 becomes float32 without x64, as under jit
+        return jnp.asarray(array)
+    except TypeError as error:
+        raise DtypeError(f"{name} must be one of {', '.join(FLOAT_DTYPES)}, got {array.dtype}") from error
 
 
 def varying_alike(call: Call) -> Call:

@@ -3,28 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from normkit.checkpoint import Weights
 from normkit.errors import MissingPackageError
 from normkit.spec import NormSpec
 
-from . import modules
-from .functional import add_layer_norm, add_rms_norm
+from .modules import LayerModule, RMSModule
 
 try:
     import equinox as eqx
 except ImportError as error:
     raise MissingPackageError(f"normkit_jax.equinox needs the package equinox: pip install equinox ({error})") from error
 
+Norm = TypeVar("Norm")
 
-class FastRMSNorm(eqx.Module):
+
+class FastRMSNorm(RMSModule, eqx.Module):
     r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
     \text{weight})$ with h = hidden_states + residual. Its one leaf is the weight; all else is static.
 
@@ -71,36 +69,11 @@ class FastRMSNorm(eqx.Module):
         self.implementation = implementation
 
     @classmethod
-    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float = 1e-6, **options: Any) -> FastRMSNorm:
-        """Load `{prefix}.weight`.
-
-        Args:
-            prefix: such as "model.layers.0.input_layernorm".
-            weights: anything with get_tensor(name), or a mapping from names to arrays.
-            eps: inside the root.
-            **options: weight_offset, rounding and implementation.
-
-        Raises:
-            MissingTensorError: there is no such tensor.
-        """
-        loaded = dict(vars(modules.FastRMSNorm.load(prefix, weights, eps, **options)))
-        weight = loaded.pop("weight")
-        return eqx.tree_at(lambda norm: norm.weight, cls(weight.size, **loaded), weight)
-
-    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
-        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
-        return add_rms_norm(
-            hidden_states,
-            residual,
-            self.weight,
-            eps=self.eps,
-            weight_offset=self.weight_offset,
-            rounding=self.rounding,
-            implementation=self.implementation,
-        )
+    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
+        return _made(cls(parameters["weight"].size, **options), parameters)
 
 
-class FastLayerNorm(eqx.Module):
+class FastLayerNorm(LayerModule, eqx.Module):
     r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
     \text{weight} + \text{bias}$ with h = hidden_states + residual. Its leaves are weight and bias; all else is static.
 
@@ -146,30 +119,9 @@ class FastLayerNorm(eqx.Module):
         self.implementation = implementation
 
     @classmethod
-    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
-        """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`, without weight_offset."""
-        return cls._of(modules.FastLayerNorm.load(prefix, weights, eps, **options))
+    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
+        return _made(cls(parameters["weight"].size, use_bias="bias" in parameters, **options), parameters)
 
-    @classmethod
-    def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
-        """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`, without weight_offset."""
-        return cls._of(modules.FastLayerNorm.load_no_bias(prefix, weights, eps, **options))
 
-    @classmethod
-    def _of(cls, norm: modules.FastLayerNorm) -> FastLayerNorm:
-        loaded: dict[str, Any] = dict(vars(norm))
-        weight, bias = loaded.pop("weight"), loaded.pop("bias")
-        made = cls(weight.size, use_bias=bias is not None, **loaded)
-        return eqx.tree_at(lambda norm: jax.tree.leaves(norm), made, jax.tree.leaves((weight, bias)))
-
-    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
-        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
-        return add_layer_norm(
-            hidden_states,
-            residual,
-            self.weight,
-            self.bias,
-            eps=self.eps,
-            rounding=self.rounding,
-            implementation=self.implementation,
-        )
+def _made(norm: Norm, parameters: dict[str, Array]) -> Norm:
+    return eqx.tree_at(lambda norm: [getattr(norm, name) for name in parameters], norm, list(parameters.values()))

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from normkit import registry
 from normkit.call import Arrays, Call, Options, bind
 from normkit.registry import Verdict
 
-from . import dispatch, gradient
+from . import device, dispatch, gradient
+from .dispatch import ArrayLike
 from .implementations import TABLE
 
 
@@ -99,7 +101,8 @@ def add_rms_norm(
     Gradients flow through both results to every array; jit, vmap, scan, shard_map and jax.checkpoint apply.
 
     Args:
-        x: JAX or NumPy array of shape (..., hidden_size); float32, bfloat16, float16, or float64 where jax_enable_x64 is set.
+        x: JAX or NumPy array, or what has __jax_array__ as flax.nnx.Param does, of shape (..., hidden_size); float32, bfloat16,
+            float16, or float64 where jax_enable_x64 is set: without it NumPy's float64 becomes float32, as everywhere in JAX.
         residual: of x's shape, any of these dtypes. With None, h is x, and residual_out is x itself.
         weight: of shape (hidden_size,), any of these dtypes; None means ones.
         bias: of shape (hidden_size,), any of these dtypes; None means zeros.
@@ -239,7 +242,9 @@ def explain(function: str, x: ArrayLike, *arrays: ArrayLike | None, **options: A
         [('ipex', False), ('vllm', False), ('triton', False), ('cpu', True), ('reference', True)]
     """
     call = dispatch.as_jax(bind(globals(), function, x, *arrays, **options))
-    return registry.explain(dispatch.problem_of(call, needs_grad=False), TABLE)
+    problem = dispatch.problem_of(call, needs_grad=False)
+    arch = device.arch_of(problem.platform, device.devices_of(call.x))
+    return registry.explain(replace(problem, arch=arch), TABLE)
 
 
 def compute(function: str, arrays: Arrays, options: Options) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 
 from normkit import plan
 from normkit.arrays import Array, dtype_name, numpy_dtype
-from normkit.compile import compile_step
+from normkit.compile import CompiledKernel, compile_step
+from normkit.errors import LaunchError
+from normkit.failures import Failures, could_not, is_short_of_memory, triton_errors
 from normkit.interface import Forward, Gradients, Rejected, Wanted
 from normkit.spec import Problem
 
@@ -32,6 +35,7 @@ Result = tuple[tuple[int, ...], str] | None
 _PLATFORMS = ("cuda", "rocm")
 # Where the plugins learnt to load machine code that is not PTX; without it there is no way to launch on ROCm.
 _FIRST_JAX_WITH_BINARIES = (0, 11, 1)
+_failures = Failures()
 
 
 def supports(problem: Problem) -> Rejected | None:
@@ -46,7 +50,13 @@ def supports(problem: Problem) -> Rejected | None:
         return Rejected(f"its launches need sizes known while compiling, and the shape is {problem.shape}")
     if problem.rows >= 2**31:
         return Rejected(f"its launches count rows in 32 bits, and there are {problem.rows}")
-    return plan.supports(problem)
+    failed = _failures.reason(_as_explained(problem))
+    return plan.supports(problem) if failed is None else Rejected(failed)
+
+
+def _as_explained(problem: Problem) -> Problem:
+    """Return the problem without what `explain` does not know of a call; what fails is for calls of every kind."""
+    return replace(problem, needs_grad=False, portable=False, spread=False)
 
 
 @cache
@@ -62,7 +72,8 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
     arrays = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     scalars = {"rows": problem.rows, "eps": problem.spec.eps, "weight_offset": problem.spec.weight_offset}
     overwrites = {"x": "y", "residual": "residual_out"} if problem.in_place else {}
-    made = _launch(plan.forward_plan(problem), problem.arch, arrays, scalars, results, overwrites)
+    with _failures.remembered(_as_explained(problem)):
+        made = _launch(plan.forward_plan(problem), problem.arch, arrays, scalars, results, overwrites)
     return Forward(**dict.fromkeys(results) | made)
 
 
@@ -92,19 +103,20 @@ def backward(
     arrays = {"dy": dy, "dresidual_out": dresidual_out, "h": h, "weight": weight, "mean": mean, "rstd": rstd}
     scalars = {"rows": problem.rows, "rows_per_program": planned.rows_per_program, "weight_offset": problem.spec.weight_offset}
     made: dict[str, Array | None] = dict.fromkeys(results)
-    for step in planned.steps:
-        missing = {name: result for name, result in outputs.items() if made.get(name) is None}
-        made |= _launch(step, problem.arch, arrays | made, scalars, missing)
-    for name in ("dweight", "dbias"):
-        if made[name] is not None:
-            total = _launch(
-                planned.total,
-                problem.arch,
-                {"partial": made[name]},
-                {"programs": planned.parts},
-                {"total": results[name]},
-            )
-            made[name] = total["total"]
+    with _failures.remembered(_as_explained(problem)):
+        for step in planned.steps:
+            missing = {name: result for name, result in outputs.items() if made.get(name) is None}
+            made |= _launch(step, problem.arch, arrays | made, scalars, missing)
+        for name in ("dweight", "dbias"):
+            if made[name] is not None:
+                total = _launch(
+                    planned.total,
+                    problem.arch,
+                    {"partial": made[name]},
+                    {"programs": planned.parts},
+                    {"total": results[name]},
+                )
+                made[name] = total["total"]
     return Gradients(**{name: made[name] for name in results})
 
 
@@ -131,7 +143,7 @@ def _launch(
     dtypes = {name: dtype_name(array.dtype) for name, array in arrays.items() if array is not None}
     dtypes |= {name: result[1] for name, result in results.items() if result}
     assert arch, "the lowering of the primitives sets it"
-    compiled = compile_step(step, dtypes, arch)
+    compiled = _compiled(step, dtypes, arch)
     pointers = [name.removesuffix("_ptr") for name, kind in compiled.arguments.items() if kind.startswith("*")]
     parameters = [
         # a scalar that is not given is one of strided rows, and XLA's arrays are contiguous
@@ -154,3 +166,12 @@ def _launch(
     call = jax.ffi.ffi_call(TARGET, shapes, input_output_aliases=aliases)
     opaque = message.launch(f"normkit_{step.kernel}", kernel, step.grid, parameters)
     return dict(zip(made, call(*(arrays[name] for name in given), opaque=opaque), strict=True))
+
+
+def _compiled(step: plan.Step, dtypes: Mapping[str, str | None], arch: str) -> CompiledKernel:
+    try:
+        return compile_step(step, dtypes, arch)
+    except triton_errors() as error:
+        if is_short_of_memory(error):
+            raise
+        raise LaunchError(could_not("compile", f"{step.kernel} for {arch}", error)) from error

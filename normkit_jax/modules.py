@@ -5,29 +5,134 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from normkit.arrays import dtype_name, framework_of
 from normkit.checkpoint import Weights, as_weights
+from normkit.spec import NormSpec
 
+from .dispatch import ArrayLike
 from .functional import add_layer_norm, add_rms_norm
 
 
-def _described(norm: FastRMSNorm | FastLayerNorm) -> str:
-    """Return what a dataclass shows of itself, with types in place of arrays."""
-    values = {field.name: getattr(norm, field.name) for field in fields(norm)}
-    shown = (f"{name}={jax.typeof(of) if isinstance(of, jax.Array) else repr(of)}" for name, of in values.items())
-    return f"{type(norm).__name__}({', '.join(shown)})"
+class RMSModule:
+    """What FastRMSNorm is in every library: parameter and options of these names, loaded and called in one way."""
+
+    weight: Any
+    eps: float
+    weight_offset: float
+    rounding: str | None
+    implementation: str | None
+
+    @classmethod
+    def load(
+        cls,
+        prefix: str,
+        weights: Weights | Mapping[str, ArrayLike],
+        eps: float = 1e-6,
+        *,
+        weight_offset: float = 0.0,
+        rounding: str | None = None,
+        implementation: str | None = None,
+    ) -> Self:
+        """Load `{prefix}.weight`.
+
+        Args:
+            prefix: such as "model.layers.0.input_layernorm".
+            weights: anything with get_tensor(name), or a mapping from names to arrays.
+            eps: inside the root.
+            weight_offset: 1.0 for Gemma.
+            rounding: None, "sum", "stored" or "hf"; see `normkit_jax.add_rms_norm`.
+            implementation: one by name; None chooses at each call.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+        """
+        options = {"eps": eps, "weight_offset": weight_offset, "rounding": rounding, "implementation": implementation}
+        return cls._of(_loaded(prefix, weights, "weight"), options)
+
+    @classmethod
+    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
+        return cls(**parameters, **options)
+
+    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
+        return add_rms_norm(
+            hidden_states,
+            residual,
+            self.weight,
+            eps=self.eps,
+            weight_offset=self.weight_offset,
+            rounding=self.rounding,
+            implementation=self.implementation,
+        )
 
 
-def _loaded(weights: Weights, name: str) -> Array:
-    tensor = weights.get_tensor(name)
+class LayerModule:
+    """What FastLayerNorm is in every library: parameters and options of these names, loaded and called in one way."""
+
+    weight: Any
+    bias: Any
+    eps: float
+    rounding: str | None
+    implementation: str | None
+
+    @classmethod
+    def load(
+        cls,
+        prefix: str,
+        weights: Weights | Mapping[str, ArrayLike],
+        eps: float,
+        *,
+        rounding: str | None = None,
+        implementation: str | None = None,
+    ) -> Self:
+        """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`, without weight_offset."""
+        options = {"eps": eps, "rounding": rounding, "implementation": implementation}
+        return cls._of(_loaded(prefix, weights, "weight", "bias"), options)
+
+    @classmethod
+    def load_no_bias(
+        cls,
+        prefix: str,
+        weights: Weights | Mapping[str, ArrayLike],
+        eps: float,
+        *,
+        rounding: str | None = None,
+        implementation: str | None = None,
+    ) -> Self:
+        """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`, without weight_offset."""
+        options = {"eps": eps, "rounding": rounding, "implementation": implementation}
+        return cls._of(_loaded(prefix, weights, "weight"), options)
+
+    @classmethod
+    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
+        return cls(**parameters, **options)
+
+    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
+        return add_layer_norm(
+            hidden_states,
+            residual,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            rounding=self.rounding,
+            implementation=self.implementation,
+        )
+
+
+def _loaded(prefix: str, weights: Weights | Mapping[str, ArrayLike], *names: str) -> dict[str, Array]:
+    source = as_weights(weights)
+    return {name: _array(source.get_tensor(f"{prefix}.{name}")) for name in names}
+
+
+def _array(tensor: Any) -> Array:
     if framework_of(tensor) == "torch":
         tensor = tensor.detach().cpu()
         if dtype_name(tensor.dtype) == "bfloat16":  # which torch does not give to NumPy
@@ -41,7 +146,7 @@ def _loaded(weights: Weights, name: str) -> Array:
     meta_fields=["eps", "weight_offset", "rounding", "implementation"],
 )
 @dataclass(eq=False, repr=False)  # arrays compare element by element, which a generated comparison cannot use
-class FastRMSNorm:
+class FastRMSNorm(RMSModule):
     r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
     \text{weight})$ with h = hidden_states + residual. A pytree whose one leaf is the weight: pass it to jit and grad.
 
@@ -66,35 +171,11 @@ class FastRMSNorm:
     rounding: str | None = None
     implementation: str | None = None
 
-    @classmethod
-    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float = 1e-6, **options: Any) -> FastRMSNorm:
-        """Load `{prefix}.weight`.
-
-        Args:
-            prefix: such as "model.layers.0.input_layernorm".
-            weights: anything with get_tensor(name), or a mapping from names to arrays.
-            eps: inside the root.
-            **options: as for the constructor.
-
-        Raises:
-            MissingTensorError: there is no such tensor.
-        """
-        return cls(_loaded(as_weights(weights), f"{prefix}.weight"), eps, **options)
+    def __post_init__(self) -> None:
+        _check("rms", self.eps, self.weight_offset, self.rounding)
 
     def __repr__(self) -> str:
         return _described(self)
-
-    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
-        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
-        return add_rms_norm(
-            hidden_states,
-            residual,
-            self.weight,
-            eps=self.eps,
-            weight_offset=self.weight_offset,
-            rounding=self.rounding,
-            implementation=self.implementation,
-        )
 
 
 @partial(
@@ -103,7 +184,7 @@ class FastRMSNorm:
     meta_fields=["eps", "rounding", "implementation"],
 )
 @dataclass(eq=False, repr=False)  # arrays compare element by element, which a generated comparison cannot use
-class FastLayerNorm:
+class FastLayerNorm(LayerModule):
     r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
     \text{weight} + \text{bias}$ with h = hidden_states + residual. A pytree whose leaves are weight and bias.
 
@@ -127,29 +208,26 @@ class FastLayerNorm:
     rounding: str | None = None
     implementation: str | None = None
 
-    @classmethod
-    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
-        """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`."""
-        source = as_weights(weights)
-        weight, bias = (_loaded(source, f"{prefix}.{name}") for name in ("weight", "bias"))
-        return cls(weight, bias, eps, **options)
-
-    @classmethod
-    def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
-        """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`."""
-        return cls(_loaded(as_weights(weights), f"{prefix}.weight"), None, eps, **options)
+    def __post_init__(self) -> None:
+        _check("layer", self.eps, 0.0, self.rounding)
 
     def __repr__(self) -> str:
         return _described(self)
 
-    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
-        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
-        return add_layer_norm(
-            hidden_states,
-            residual,
-            self.weight,
-            self.bias,
-            eps=self.eps,
-            rounding=self.rounding,
-            implementation=self.implementation,
-        )
+
+_known_spec = lru_cache(maxsize=128)(NormSpec)  # JAX makes pytrees anew again and again
+
+
+def _check(*options: Any) -> None:
+    """Refuse what is no option now, and not in the first call."""
+    try:
+        _known_spec(*options)
+    except TypeError:  # what has no hash
+        NormSpec(*options)
+
+
+def _described(norm: FastRMSNorm | FastLayerNorm) -> str:
+    """Return what a dataclass shows of itself, with types in place of arrays."""
+    values = {field.name: getattr(norm, field.name) for field in fields(norm)}
+    shown = (f"{name}={jax.typeof(of) if isinstance(of, jax.Array) else repr(of)}" for name, of in values.items())
+    return f"{type(norm).__name__}({', '.join(shown)})"

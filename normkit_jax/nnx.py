@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from normkit.checkpoint import Weights
 from normkit.errors import MissingPackageError
 from normkit.spec import NormSpec
 
-from . import modules
-from .functional import add_layer_norm, add_rms_norm
+from .modules import LayerModule, RMSModule
 
 try:
     from flax import nnx
@@ -25,8 +23,10 @@ except ImportError as error:
 Initializer = Callable[..., Any]
 """Makes an array of key, shape and dtype, as those of jax.nn.initializers do."""
 
+Norm = TypeVar("Norm")
 
-class FastRMSNorm(nnx.Module):
+
+class FastRMSNorm(RMSModule, nnx.Module):
     r"""RMSNorm of the residual stream, $y = h / \sqrt{\operatorname{mean}(h^2) + \text{eps}} \cdot (\text{weight\_offset} +
     \text{weight})$ with h = hidden_states + residual. Its one nnx.Param is `weight`, of shape (hidden_size,).
 
@@ -70,36 +70,11 @@ class FastRMSNorm(nnx.Module):
         self.implementation = implementation
 
     @classmethod
-    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float = 1e-6, **options: Any) -> FastRMSNorm:
-        """Load `{prefix}.weight`.
-
-        Args:
-            prefix: such as "model.layers.0.input_layernorm".
-            weights: anything with get_tensor(name), or a mapping from names to arrays.
-            eps: inside the root.
-            **options: weight_offset, rounding and implementation.
-
-        Raises:
-            MissingTensorError: there is no such tensor.
-        """
-        loaded = dict(vars(modules.FastRMSNorm.load(prefix, weights, eps, **options)))
-        weight = loaded.pop("weight")
-        return cls(weight.size, weight_init=lambda *_: weight, **loaded)
-
-    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
-        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
-        return add_rms_norm(
-            hidden_states,
-            residual,
-            self.weight[...],
-            eps=self.eps,
-            weight_offset=self.weight_offset,
-            rounding=self.rounding,
-            implementation=self.implementation,
-        )
+    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
+        return _made(cls(parameters["weight"].size, **options), parameters)
 
 
-class FastLayerNorm(nnx.Module):
+class FastLayerNorm(LayerModule, nnx.Module):
     r"""LayerNorm of the residual stream, $y = (h - \operatorname{mean}(h)) / \sqrt{\operatorname{var}(h) + \text{eps}} \cdot
     \text{weight} + \text{bias}$ with h = hidden_states + residual. Its nnx.Params are `weight` and, unless None, `bias`.
 
@@ -142,33 +117,14 @@ class FastLayerNorm(nnx.Module):
         self.implementation = implementation
 
     @classmethod
-    def load(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
-        """Load `{prefix}.weight` and `{prefix}.bias`. Arguments as in `FastRMSNorm.load`, without weight_offset."""
-        return cls._of(modules.FastLayerNorm.load(prefix, weights, eps, **options))
+    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
+        return _made(cls(parameters["weight"].size, use_bias="bias" in parameters, **options), parameters)
 
-    @classmethod
-    def load_no_bias(cls, prefix: str, weights: Weights | Mapping[str, ArrayLike], eps: float, **options: Any) -> FastLayerNorm:
-        """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`, without weight_offset."""
-        return cls._of(modules.FastLayerNorm.load_no_bias(prefix, weights, eps, **options))
 
-    @classmethod
-    def _of(cls, norm: modules.FastLayerNorm) -> FastLayerNorm:
-        loaded: dict[str, Any] = dict(vars(norm))
-        weight, bias = loaded.pop("weight"), loaded.pop("bias")
-        has_bias = bias is not None
-        return cls(weight.size, use_bias=has_bias, weight_init=lambda *_: weight, bias_init=lambda *_: bias, **loaded)
-
-    def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
-        """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
-        return add_layer_norm(
-            hidden_states,
-            residual,
-            self.weight[...],
-            None if self.bias is None else self.bias[...],
-            eps=self.eps,
-            rounding=self.rounding,
-            implementation=self.implementation,
-        )
+def _made(norm: Norm, parameters: dict[str, Array]) -> Norm:
+    for name, array in parameters.items():
+        setattr(norm, name, nnx.Param(array))
+    return norm
 
 
 def _parameter(init: Initializer, size: int, dtype: DTypeLike, rngs: nnx.Rngs | None) -> nnx.Param[Array]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax._src.dispatch import prim_requires_devices_during_lowering
@@ -24,6 +24,11 @@ from normkit.errors import UnsupportedError
 from normkit.spec import Problem
 
 from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot
+
+WHOLE, BY_ROWS, UNKNOWN, PORTABLE = "whole", "by rows", "unknown", "portable"
+"""Where the arrays of a call are: on one device, or those of a device inside shard_map; spread over several devices, which XLA
+partitions; over several in a way that is not known; in a program for other processes or several platforms, which cannot hold
+what `by_rows` makes, a callback into this process while XLA partitions."""
 
 
 def by_rows(
@@ -96,14 +101,40 @@ def needs_devices(primitive: Primitive) -> None:
     prim_requires_devices_during_lowering.add(primitive)
 
 
-def with_devices(context: Any) -> Any | None:
-    """Return the context of a lowering with the devices of its program, without which by_rows cannot partition.
+class Placement(NamedTuple):
+    """Where the arrays of a call are in a program.
 
-    JAX names them where a primitive needs_devices. Elsewhere their mesh is that of the operands, and any devices will do,
-    because XLA partitions by their places in the mesh; None if the operands are in no mesh, or there are too few devices.
+    Attributes:
+        kind: WHOLE, BY_ROWS, UNKNOWN or PORTABLE.
+        context: that of the lowering; for BY_ROWS with the devices, which by_rows needs to be lowered.
+    """
+
+    kind: str
+    context: Any
+
+
+def placement(context: Any) -> Placement:
+    """Return where the arrays of a call are.
 
     Args:
-        context: what JAX gives to a lowering rule for a program of several devices.
+        context: what JAX gives to a lowering rule. Most of what is asked of it here is not documented.
+    """
+    module = context.module_context
+    axes = module.axis_context
+    if module.lowering_parameters.for_export or len(module.platforms) > 1:
+        return Placement(PORTABLE, context)
+    # where shard_map has taken some axes of a mesh already, XLA does not say how the others are used
+    if getattr(axes, "manual_axes", None) or getattr(axes, "num_devices", 1) == 1:
+        return Placement(WHOLE, context)
+    placed = _with_devices(context)
+    return Placement(UNKNOWN, context) if placed is None else Placement(BY_ROWS, placed)
+
+
+def _with_devices(context: Any) -> Any | None:
+    """Return the context with the devices of its program, which are several; None if they cannot be told.
+
+    JAX names them where a primitive needs_devices. Elsewhere their mesh is that of the operands, and any devices will do,
+    because XLA partitions by their places in the mesh.
     """
     axes = context.module_context.axis_context
     if axes.device_assignment is not None:

@@ -7,7 +7,7 @@ then is the platform known: one traced function may be compiled for several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from normkit import reference
+from normkit import reference, registry
 from normkit.arrays import Array, cast, numpy_dtype, rounded
 from normkit.interface import Forward, Gradients, Kernels, Wanted
 from normkit.spec import Problem
 
 from . import device, dispatch
+from .implementations import TABLE
 from .operands import PARAMETER, ROWS, STATISTIC, Signature, Slot, backward_signature, forward_signature
-from .partition import by_rows, common_spec, needs_devices, with_devices
+from .partition import BY_ROWS, PORTABLE, UNKNOWN, by_rows, common_spec, needs_devices, placement
 from .target import arch_of, expected
 
 # JAX's names; "other" stands for every platform without kernels of its own, such as tpu.
@@ -32,6 +33,8 @@ PLATFORMS = ("cpu", "cuda", "rocm", "oneapi", "other")
 
 forward_p = Primitive("normkit_forward")
 backward_p = Primitive("normkit_backward")
+
+_SIGNATURES: dict[str, Callable[..., Signature]] = {"forward": forward_signature, "backward": backward_signature}
 
 
 def forward(problem: Problem, implementation: str | None, *operands: Array | None) -> Forward:
@@ -55,22 +58,16 @@ def _bind(primitive: Primitive, *given: Array, **parameters: Any) -> list[Array]
     return results
 
 
-def _run_forward(problem: Problem, kernels: Kernels, whole: bool, *given: Array) -> list[Array]:
-    signature = forward_signature(problem)
+def _compute(
+    function: str, problem: Problem, implementation: str | None, given: Sequence[Array], **wanted: Wanted
+) -> list[Array]:
+    """Choose an implementation and have its forward or backward compute, or the next one's where its kernels do not compile."""
+    signature = _SIGNATURES[function](problem, **wanted)
 
-    def run(problem: Problem, *given: Array) -> list[Array]:
-        return signature.made(kernels.forward(problem, **signature.named(given)))
+    def run(kernels: Kernels) -> list[Array]:
+        return signature.made(getattr(kernels, function)(problem, **wanted, **signature.named(given)))
 
-    return run(problem, *given) if whole else by_rows(run, problem, signature, given)
-
-
-def _run_backward(problem: Problem, kernels: Kernels, whole: bool, *given: Array, wanted: Wanted) -> list[Array]:
-    signature = backward_signature(problem, wanted)
-
-    def run(problem: Problem, *given: Array) -> list[Array]:
-        return signature.made(kernels.backward(problem, wanted, **signature.named(given)))
-
-    return run(problem, *given) if whole else by_rows(run, problem, signature, given)
+    return registry.compute(problem, TABLE, implementation, run)[1]
 
 
 def _batch_forward(
@@ -147,31 +144,37 @@ def _fold(
     return arrays, axes, replace(problem, shape=(size, *problem.shape))
 
 
-def lowering(run: Callable[..., list[Array]], platform: str) -> Callable[..., Any]:
-    """Return the rule that lowers a primitive for a platform: trace the implementation chosen for it."""
+def lowering(function: str, lowered_for: str) -> Callable[..., Any]:
+    """Return the rule that lowers a primitive, "forward" or "backward", for a platform: trace what is chosen for it."""
 
     def rule(context: Any, *operands: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> Any:
-        exported = context.module_context.lowering_parameters.for_export
-        portable = bool(exported or len(context.module_context.platforms) > 1)
-        # What by_rows makes is a callback into this process while XLA partitions: an exported program cannot hold it. And
-        # where shard_map has taken some axes of a mesh already, XLA does not say how the others are used.
-        axes = context.module_context.axis_context
-        whole = bool(exported or getattr(axes, "manual_axes", None) or getattr(axes, "num_devices", 1) == 1)
-        placed = context if whole else with_devices(context)
-        problem = replace(problem, platform=device.PLATFORMS.get(platform, platform), portable=portable, spread=placed is None)
-        kernels = dispatch.kernels_of(problem, implementation)
-        if kernels is not reference:
-            problem = replace(problem, arch=arch_of(problem.platform, device.lowered_for(context)))
-        whole = whole or not getattr(kernels, "PER_DEVICE", False)
-        function = partial(run, problem, kernels, whole, **wanted)
-        return mlir.lower_fun(function, multiple_results=True)(context if whole else placed, *operands)
+        kind, placed = placement(context)
+        platform = device.PLATFORMS.get(lowered_for, lowered_for)
+        problem = replace(problem, platform=platform, portable=kind == PORTABLE, spread=kind == UNKNOWN)
+        problem = _with_arch(problem, implementation, device.lowered_for(context))
+
+        def compute(problem: Problem, *given: Array) -> list[Array]:
+            return _compute(function, problem, implementation, given, **wanted)
+
+        def compute_by_rows(*given: Array) -> list[Array]:
+            return by_rows(compute, problem, _SIGNATURES[function](problem, **wanted), given)
+
+        if kind == BY_ROWS and getattr(dispatch.kernels_of(problem, implementation), "PER_DEVICE", False):
+            return mlir.lower_fun(compute_by_rows, multiple_results=True)(placed, *operands)
+        return mlir.lower_fun(partial(compute, problem), multiple_results=True)(context, *operands)
 
     return rule
 
 
-def _define(
-    primitive: Primitive, run: Callable[..., list[Array]], signature: Callable[..., Signature], batch: Callable[..., Any]
-) -> None:
+def _with_arch(problem: Problem, implementation: str | None, devices: Iterable[jax.Device]) -> Problem:
+    """Return the problem with the architecture to compile for, which the reference does not need."""
+    kernels = dispatch.kernels_of(problem, implementation)
+    return problem if kernels is reference else replace(problem, arch=arch_of(problem.platform, devices))
+
+
+def _define(primitive: Primitive, function: str, batch: Callable[..., Any]) -> None:
+    signature = _SIGNATURES[function]
+
     @lru_cache(maxsize=1024)
     def compiled(**parameters: Any) -> Any:
         return jax.jit(partial(primitive.bind, **parameters))
@@ -183,10 +186,8 @@ def _define(
         return results
 
     def step_by_step(*given: Array, problem: Problem, implementation: str | None, **wanted: Wanted) -> list[Array]:
-        kernels = dispatch.kernels_of(problem, implementation)
-        if kernels is not reference:
-            problem = replace(problem, arch=arch_of(problem.platform, given[0].devices()))
-        return run(problem, kernels, True, *given, **wanted)
+        problem = _with_arch(problem, implementation, given[0].devices())
+        return _compute(function, problem, implementation, given, **wanted)
 
     def abstract(*given: Any, problem: Problem, implementation: str | None, **wanted: Wanted) -> list[Any]:
         operands, results = signature(problem, **wanted)
@@ -199,7 +200,7 @@ def _define(
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batch
     for platform in PLATFORMS:
-        mlir.register_lowering(primitive, lowering(run, platform), platform=None if platform == "other" else platform)
+        mlir.register_lowering(primitive, lowering(function, platform), platform=None if platform == "other" else platform)
 
 
 def _aval(rows: Sequence[Any], slot: Slot) -> Any:
@@ -211,5 +212,5 @@ def _aval(rows: Sequence[Any], slot: Slot) -> Any:
     return first.update(shape=slot.shape, dtype=numpy_dtype(slot.dtype or ""), weak_type=False, sharding=sharding)
 
 
-_define(forward_p, _run_forward, forward_signature, _batch_forward)
-_define(backward_p, _run_backward, backward_signature, _batch_backward)
+_define(forward_p, "forward", _batch_forward)
+_define(backward_p, "backward", _batch_backward)

@@ -9,20 +9,18 @@ set, it does that too.
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from errno import ENOMEM
 from functools import cache, partial, reduce
 from operator import itemgetter, or_
-from textwrap import shorten
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from normkit.errors import LaunchError
+from normkit.failures import could_not, is_short_of_memory, triton_errors
 from normkit.plan import Step
 
 from . import device as devices
@@ -76,7 +74,7 @@ class Kernel:
         self._kernel, self._device = kernel_of(step), device
         try:
             self._number, self._current_device, self._current_stream = devices.lookups(device)
-        except _failures() as error:
+        except triton_errors() as error:
             raise _failed("find a driver for", step, error) from error
         self._runtime = _runtime_knobs()
         self._step, self._dtypes = step, tuple(dtypes.values())
@@ -134,7 +132,7 @@ class Kernel:
                 # the last three are what hooks would be told, and the hooks
                 start = (*grid, self._current_stream(self._number), found.function, found.metadata, None, None, None)
                 found.run(*start, *self._in_order(addresses + scalars + self._constants))
-        except _failures() as error:
+        except triton_errors() as error:
             raise _failed("launch", self._step, error) from error
         return None
 
@@ -150,7 +148,7 @@ class Kernel:
             if found is None:
                 try:
                     found = _loaded(self._kernel.warmup(*arguments, grid=(1,), **self._options))
-                except _failures() as error:
+                except triton_errors() as error:
                     raise _failed("compile and load", self._step, error) from error
                 if len(self._ready) >= _MOST:
                     self._ready.clear()
@@ -173,7 +171,7 @@ def kernel_of(step: Step) -> Any:
     """
     try:
         from normkit import kernels  # not before a launch, so that choosing an implementation never imports triton
-    except _failures() as error:
+    except triton_errors() as error:
         raise _failed("be imported to launch", step, error) from error
     return getattr(kernels, step.kernel)
 
@@ -228,18 +226,7 @@ def _hooked(runtime: Any) -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """Return the errors with which Triton, its compilers and the driver fail; they are not those of a wrong call."""
-    failures = (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError)
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return failures
-    return *failures, TritonError
-
-
 def _failed(what: str, step: Step, error: Exception) -> Exception:
     """Return what to raise: LaunchError, or where memory was short, which says nothing of other calls, what torch would."""
-    short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-    raised = torch.OutOfMemoryError if short or getattr(error, "errno", None) == ENOMEM else LaunchError
-    return raised(f"Triton could not {what} {step.kernel}: {type(error).__name__}: {shorten(str(error), 300)}")
+    short = isinstance(error, torch.OutOfMemoryError) or is_short_of_memory(error)
+    return (torch.OutOfMemoryError if short else LaunchError)(could_not(what, step.kernel, error))

@@ -157,7 +157,7 @@ def _say_that_tensors_are_there(stack: ExitStack, fake: FakeDriver) -> None:
         (steps, "_kernels", {}),
         (launch, "_forwards", {}),
         (launch_backward, "_backwards", {}),
-        (failures, "_failed", {}),
+        (failures._failures, "_reasons", {}),
         (prepared, "_calls", {}),
         (prepared, "_latest", {}),
     ):

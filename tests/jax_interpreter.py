@@ -30,9 +30,9 @@ def install() -> None:
     vars(device)["platform_of"] = lambda _: "cuda"
     vars(device)["arch_of"] = lambda *_: "sm_90"
     vars(launch)["_launch"] = _launch
-    for operation, run in ((primitive.forward_p, primitive._run_forward), (primitive.backward_p, primitive._run_backward)):
+    for function, operation in (("forward", primitive.forward_p), ("backward", primitive.backward_p)):
         partition.needs_devices(operation)
-        mlir.register_lowering(operation, _calling_back(primitive.lowering(run, "cuda")), platform="cpu")
+        mlir.register_lowering(operation, _calling_back(primitive.lowering(function, "cuda")), platform="cpu")
 
 
 def _calling_back(rule: Callable[..., Any]) -> Callable[..., Any]:

@@ -77,7 +77,7 @@ def test_forward(framework: Framework, implementation: str, case: Case, ledger: 
         return
     selected.clear()
     y, residual_out = framework.call(case, arrays, implementation)
-    assert selected == [implementation]
+    assert set(selected) == {implementation}
     ledger.ran(framework.name, implementation, "forward")
     if case.function.startswith("add_") and case.problem().residual_out_dtype is None:
         assert residual_out is arrays["x"]

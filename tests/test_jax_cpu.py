@@ -87,7 +87,7 @@ def test_it_is_the_automatic_choice_and_one_custom_call(selected: list[str]) -> 
     x, residual, weight, bias, *_ = given()
     selected.clear()
     lowered = jax.jit(normkit_jax.add_layer_norm).lower(x, residual, weight, bias).as_text()
-    assert selected == ["cpu"]
+    assert set(selected) == {"cpu"}
     assert lowered.count("custom_call") == 1
     assert "@normkit_cpu_forward" in lowered
     assert "stablehlo.add" not in lowered

@@ -171,8 +171,13 @@ def test_torch_tensors_become_arrays() -> None:
             assert np.asarray(array, np.float32).tolist() == given.float().tolist()
 
 
-def test_options_are_checked_at_the_call() -> None:
-    with pytest.raises(OptionError, match="'none'"):
-        FastRMSNorm(jnp.ones(16), rounding="none")(normal(2, 16))
+def test_options_are_checked_at_once_and_the_implementation_at_the_call() -> None:
+    for norm in (FastRMSNorm, FastLayerNorm):
+        with pytest.raises(OptionError, match="'none'"):
+            norm(jnp.ones(16), rounding="none")
+    with pytest.raises(OptionError, match="eps"):
+        dataclasses.replace(FastRMSNorm(jnp.ones(16)), eps=-1.0)
+    with pytest.raises(OptionError, match=r"eps must be a finite number, got \[1.0\]"):
+        FastLayerNorm(jnp.ones(16), eps=[1.0])  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="did you mean 'reference'"):
         FastLayerNorm(jnp.ones(16), implementation="referenc")(normal(2, 16))

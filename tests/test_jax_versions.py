@@ -26,7 +26,8 @@ ENVIRONMENTS = {
     "jax-0.11.2": ("3.12", "0.11.2", "3.6.0"),
     "jax-0.12.0.1": ("3.12", "0.12.0.1", "3.9.0"),
 }
-FILES = [f"tests/test_jax_{name}.py" for name in ("message", "lowering", "target", "device_less", "transforms", "gradient")]
+NAMES = ("message", "lowering", "launch_failure", "target", "device_less", "transforms", "gradient")
+FILES = [f"tests/test_jax_{name}.py" for name in NAMES]
 RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "launches": ([name for name in FILES if (ROOT / name).exists()], {}),
     "numerics": (["tests/test_functional.py", "-k", "jax-reference and backward"], {}),

@@ -217,7 +217,7 @@ def test_a_pass_that_fails_once_is_launched_again(at: int, hidden: int, driver: 
     expected = shapes(Pass(driver, hidden=hidden).launches)
     failing_at(driver, at, RuntimeError("for a moment"))
     again = Pass(driver, hidden=hidden)
-    assert shapes(again.launches[-len(expected) :]) == expected and not failures._failed
+    assert shapes(again.launches[-len(expected) :]) == expected and not failures._failures._reasons
     again.launches = again.launches[-len(expected) :]
     again.assert_told()
     assert shapes(Pass(driver, hidden=hidden).launches) == expected
@@ -233,7 +233,7 @@ def test_a_pass_that_fails_twice_goes_on_with_the_next(hidden: int, driver: Fake
         RuntimeWarning, match="could not launch backward_.* from now on; calls like this one are computed by ref"
     ):
         found = Pass(driver, hidden=hidden)
-    assert not found.launches and len(failures._failed) == 1 and len(found.gradients) == 4
+    assert not found.launches and len(failures._failures._reasons) == 1 and len(found.gradients) == 4
     driver.fail = lambda _: None
     assert not Pass(driver, hidden=hidden).launches
     assert not [ready for alike in prepared._calls.values() for ready in alike if ready.problem.platform == "cuda"]
@@ -248,7 +248,7 @@ def test_a_pass_without_memory_stays_prepared(error: Exception, driver: FakeDriv
             with pytest.raises(torch.OutOfMemoryError):
                 Pass(driver)
         Pass(driver).assert_told()
-    assert not failures._failed
+    assert not failures._failures._reasons
 
 
 def test_forgetting(driver: FakeDriver, long_way: list[str]) -> None:

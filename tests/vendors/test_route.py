@@ -36,7 +36,7 @@ from tests.vendors.vendor import recorded
 guards.DEVICES[{platform!r}] = "cpu"
 device.platform_of = lambda _: {platform!r}
 device.arch_of = lambda *_: "gfx942"
-mlir.register_lowering(primitive.forward_p, primitive.lowering(primitive._run_forward, {platform!r}), platform="cpu")
+mlir.register_lowering(primitive.forward_p, primitive.lowering("forward", {platform!r}), platform="cpu")
 rng = np.random.default_rng(0)
 x, residual, weight = (jax.numpy.asarray(rng.standard_normal(shape, np.float32)) for shape in ((4, 64), (4, 64), 64))
 verdicts = normkit_jax.explain("add_rms_norm", x, residual, weight)
