@@ -19,7 +19,7 @@ from normkit.plan import Step
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b")
 _PTX_PARAMETER = re.compile(r"\.param \.([busf]\d+)")
-_PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+_PTX_TYPES = {"i32": "u32", "fp32": "f32"}
 _GCN_ACCESS = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
 _GCN_SIZES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
 

@@ -3,9 +3,9 @@
 registers and shared memory for as many programs to a multiprocessor as the plan counts on.
 
 The set covers every distinct configuration (kernel, constants, dtypes, warps) that is planned for a case of the table, and both
-sides of every threshold of the plan, for both kinds, in bfloat16 and float32, with and without a residual. A configuration on
-the near side of a threshold, where registers are scarcest, is compiled for every architecture; any other for one of NVIDIA's
-and one of AMD's, in turn, so that every kernel meets every architecture many times.
+sides of every threshold of the plan, for both kinds, in bfloat16 and float32, with and without a residual, and for rows at
+other strides with one. A configuration on the near side of a threshold, where registers are scarcest, is compiled for every
+architecture; any other for one of NVIDIA's and one of AMD's, in turn, so that every kernel meets every architecture many times.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -62,10 +62,11 @@ class Configuration(NamedTuple):
         return all(hidden * sizes[dtype] % 16 == 0 for dtype in self.dtypes.values() if dtype)
 
 
-def _at(size: int, platform: str, kind: str, dtype: str, residual: bool) -> Problem:
+def _at(size: int, platform: str, kind: str, dtype: str, residual: bool, layout: str = "contiguous") -> Problem:
     rows, row = Operand((64, size), dtype), Operand((size,), dtype)
     bias = row if kind == "layer" else None
-    return describe(NormSpec(kind), rows, rows if residual else None, row, bias, platform=platform, needs_grad=True)
+    facts: dict[str, Any] = {"platform": platform, "layout": layout, "needs_grad": True}
+    return describe(NormSpec(kind), rows, rows if residual else None, row, bias, **facts)
 
 
 def _problems(platform: str) -> Iterator[tuple[str, bool, Problem]]:
@@ -78,6 +79,9 @@ def _problems(platform: str) -> Iterator[tuple[str, bool, Problem]]:
         problem = case.problem(platform=platform, needs_grad=True)
         if plan.supports(problem) is None:
             yield case.name, False, problem
+    for dtype, longest in LONGEST.items():
+        for size, kind in product((*longest, *OTHERS), ("rms", "layer")):
+            yield f"{size}_{kind}_{dtype}_residual_strided", False, _at(size, platform, kind, dtype, True, layout="rows")
 
 
 def _steps(problem: Problem) -> Iterator[tuple[Step, Mapping[str, str | None]]]:
