@@ -17,6 +17,7 @@ from .spec import Problem
 _TRITON_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _FLOAT_ARGUMENTS = ("eps", "weight_offset")
 _STRIDES = ("_outer", "_inner")
+_ALIGNED: list[list[Any]] = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ def compile_backward(problem: Problem, wanted: Wanted, arch: str) -> list[Compil
 
 
 def compile_step(step: Step, dtypes: Mapping[str, str | None], arch: str) -> CompiledKernel:
-    """Compile one step.
+    """Compile one step, as it is launched where every array starts at a multiple of 16 bytes.
+
+    Strides of rows that are not contiguous are taken for multiples of 16 elements that fit 32 bits.
 
     Args:
         step: as planned.
@@ -152,13 +155,15 @@ def _signature(
                 signature[name], constants[name] = "constexpr", None
             else:
                 signature[name] = f"*{_TRITON_DTYPES[dtype]}"
-                attributes[(index,)] = [["tt.divisibility", 16]]
+                attributes[(index,)] = _ALIGNED
         elif name in _FLOAT_ARGUMENTS:
             signature[name] = "fp32"
         elif name.endswith(_STRIDES) and constants["CONTIGUOUS"]:
             signature[name], constants[name] = "constexpr", 0
         else:
-            signature[name] = "i64" if name.endswith(_STRIDES) else "i32"
+            signature[name] = "i32"
+            if name.endswith(_STRIDES):
+                attributes[(index,)] = _ALIGNED
     return signature, constants, attributes
 
 

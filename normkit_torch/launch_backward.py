@@ -18,6 +18,10 @@ from normkit.spec import Problem
 from . import allocate, failures, steps
 from .guarded import Bind
 
+# The arrays of the steps, in the order in which their addresses are given: the caller's, then what `_scratch` says.
+_GIVEN = ("dy", "dresidual_out", "h", "weight", "mean", "rstd", "dx", "dresidual")
+_SCRATCH = ("dweight", "dbias", "x_hat_g", "g")
+
 _backwards: dict[tuple[object, ...], steps.Start] = {}
 
 
@@ -68,7 +72,8 @@ def _ready(problem: Problem, wanted: Wanted, has_dresidual_out: bool, device: to
         _, rows = steps.row_arguments(problem, {"dy": None, "dresidual_out": None, "h": None})
         scalars = rows | _scalars(problem, planned, inner_rows=1)
         elements = problem.rows * problem.hidden_size
-        starts = [steps.bind(step, dtypes, device, scalars, elements) for step in planned.steps]
+        in_order = {name: dtypes[name] for name in (*_GIVEN, *_SCRATCH)}
+        starts = [steps.bind(step, in_order, device, scalars, elements) for step in planned.steps]
         totals = []
         for place, (asked, dtype) in enumerate(zip(wanted[2:], (problem.weight_dtype, problem.bias_dtype), strict=True)):
             if asked:
@@ -90,9 +95,9 @@ def _start(
     scratch = [new and new() for new in make]
     sums = steps.addresses_of(scratch)
     for start in starts:
-        start(addresses[:8] + sums)  # up to dx and dresidual they are the caller's
+        start(addresses[: len(_GIVEN)] + sums)
     for place, start in totals:
-        start((sums[place], addresses[8 + place]))
+        start((sums[place], addresses[len(_GIVEN) + place]))
 
 
 def _scratch(problem: Problem, wanted: Wanted, planned: plan.BackwardPlan) -> list[tuple[int, int] | None]:

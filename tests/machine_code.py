@@ -17,10 +17,9 @@ from normkit.plan import Step
 # The largest shared memory of one program, in bytes: NVIDIA's compute capability tables (what a kernel may opt in to), AMD's
 # instruction set manuals (LDS of one workgroup).
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
-_REGISTERS_PER_PROGRAM, _REGISTERS_PER_THREAD = 65_536, 255
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b")
 _PTX_PARAMETER = re.compile(r"\.param \.([busf]\d+)")
-_PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+_PTX_TYPES = {"i32": "u32", "fp32": "f32"}
 _GCN_ACCESS = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
 _GCN_SIZES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
 
@@ -33,11 +32,10 @@ class Accesses(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One kernel's machine code in numbers. `forced` and `chosen` are bytes, or values, kept in memory for want of registers:
-    because a program may not have more of them, or because the assembler would rather run more programs at once."""
+    """One kernel's machine code in numbers. `spilled` counts bytes, or values, kept in memory for want of registers: because a
+    program may not have more of them, or because the assembler would rather run more programs at once."""
 
-    forced: int
-    chosen: int
+    spilled: int
     registers: int
     load: Accesses
     store: Accesses
@@ -49,17 +47,17 @@ class Measured(NamedTuple):
 def measure(step: Step, dtypes: Mapping[str, str | None], arch: str) -> Measured:
     """Compile one step and measure it."""
     kernel = compile_step(step, dtypes, arch)
-    forced, chosen, registers = _spills(kernel)
+    spilled, registers = _spilled(kernel)
     load, store = accesses(kernel.arch, kernel.assembly)
     assert kernel.num_warps == step.num_warps
     assert kernel.arch == arch
     if arch.startswith("gfx"):
-        return Measured(forced, chosen, registers, load, store, kernel.shared, [], [])
+        return Measured(spilled, registers, load, store, kernel.shared, [], [])
     entry = _only(rf"\.entry {kernel.name}\((.*?)\)", kernel.assembly)
     # the last two are Triton's own, for scratch memory
     expected = [_PTX_TYPES.get(kind, "u64") for kind in kernel.arguments.values()] + ["u64", "u64"]
     given = [kind if kind != "b32" else "f32" for kind in _PTX_PARAMETER.findall(entry)]
-    return Measured(forced, chosen, registers, load, store, kernel.shared, given, expected)
+    return Measured(spilled, registers, load, store, kernel.shared, given, expected)
 
 
 def accesses(arch: str, assembly: str) -> tuple[Accesses, Accesses]:
@@ -77,11 +75,11 @@ def accesses(arch: str, assembly: str) -> tuple[Accesses, Accesses]:
     return load, store
 
 
-def _spills(kernel: CompiledKernel) -> tuple[int, int, int]:
+def _spilled(kernel: CompiledKernel) -> tuple[int, int]:
     if kernel.arch.startswith("gfx"):
         names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         registers = int(_only(r"\.vgpr_count:\s*(\d+)", kernel.assembly))
-        return sum(int(_only(rf"\.{name}:\s*(\d+)", kernel.assembly)) for name in names), 0, registers
+        return sum(int(_only(rf"\.{name}:\s*(\d+)", kernel.assembly)) for name in names), registers
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -92,8 +90,7 @@ def _spills(kernel: CompiledKernel) -> tuple[int, int, int]:
     registers, stack, local = (
         int(_only(rf"\b{name}:(\d+)", usage.stdout + usage.stderr)) for name in ("REG", "STACK", "LOCAL")
     )
-    available = min(_REGISTERS_PER_THREAD, _REGISTERS_PER_PROGRAM // (32 * kernel.num_warps))
-    return (stack + local, 0, registers) if registers >= available else (0, stack + local, registers)
+    return stack + local, registers
 
 
 def row_bytes(step: Step, dtypes: Mapping[str, str | None]) -> dict[str, int]:

@@ -25,15 +25,19 @@ def look(
     weight_offset,
     SUBTRACT_MEAN: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT_SECOND: tl.constexpr = False,
 ):
     """Return dy, x_hat (0 without h) and g. KEEP says to the caches how soon the rows are needed again.
 
     The compiler merges loads only if they are equal, so that a second look with another KEEP is one.
 
     Where masked, dy is 0, so x_hat need not be. The weight has the rows' mask, or it would be held in registers in all rows.
+    The order of the loads decides when registers are free: backward_rows spills nothing with WEIGHT_SECOND, others without.
     """
     dy_ptr, h_ptr, weight_ptr = pointers
     dy = tl.load(dy_ptr + offsets[0], mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
+    if WEIGHT_SECOND and weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
     x_hat = 0.0
     if h_ptr is not None:
         x_hat = tl.load(h_ptr + offsets[1], mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
@@ -42,7 +46,9 @@ def look(
         x_hat *= rstd
     g = dy
     if weight_ptr is not None:
-        g = dy * (weight_offset + tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32))
+        if not WEIGHT_SECOND:
+            weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+        g = dy * (weight_offset + weight.to(tl.float32))
     return dy, x_hat, g
 
 
@@ -59,6 +65,7 @@ def look_at_rows(
     HIDDEN: tl.constexpr,
     SUBTRACT_MEAN: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    WEIGHT_SECOND: tl.constexpr = False,
 ):
     """Look at columns (1, BLOCK_N) of rows (BLOCK_M,). Return dy, x_hat and g with the rows' mask and rstd."""
     mean_ptr, rstd_ptr = statistics
@@ -67,7 +74,8 @@ def look_at_rows(
     h_offset = row_start(row, inner_rows, strides[2], strides[3], HIDDEN, CONTIGUOUS)[:, None] + column
     rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
     mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None] if SUBTRACT_MEAN else 0.0
-    dy, x_hat, g = look(pointers, (dy_offset, h_offset), column, mask, mean, rstd, weight_offset, SUBTRACT_MEAN, "")
+    offsets = (dy_offset, h_offset)
+    dy, x_hat, g = look(pointers, offsets, column, mask, mean, rstd, weight_offset, SUBTRACT_MEAN, "", WEIGHT_SECOND)
     return dy, x_hat, g, mask, rstd
 
 
@@ -114,7 +122,7 @@ def backward_rows(
     column = tl.arange(0, BLOCK_N)[None, :]
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    pointers, statistics = (dy_ptr, h_ptr, weight_ptr), (mean_ptr, rstd_ptr)
+    pointers, stats = (dy_ptr, h_ptr, weight_ptr), (mean_ptr, rstd_ptr)
     strides = (dy_outer, dy_inner, h_outer, h_inner)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
@@ -122,7 +130,7 @@ def backward_rows(
         row = first + tl.arange(0, BLOCK_M)
         in_rows = row < last
         dy, x_hat, g, mask, rstd = look_at_rows(
-            pointers, statistics, strides, row, in_rows, column, inner_rows, weight_offset, HIDDEN, SUBTRACT_MEAN, CONTIGUOUS
+            pointers, stats, strides, row, in_rows, column, inner_rows, weight_offset, HIDDEN, SUBTRACT_MEAN, CONTIGUOUS, True
         )
         stream = row_start(row, inner_rows, dresidual_out_outer, dresidual_out_inner, HIDDEN, CONTIGUOUS)[:, None] + column
         # asked for before it is needed, so that all of a row is on its way at once
