@@ -15,7 +15,7 @@ from ..spec import Problem
 from .build import LIBRARY, digest
 
 FASTEST = -1
-"""The level to ask for: the fastest that the processor has; others are the bits of `Library.levels`, from 0."""
+"""The level to ask for: the fastest for the call that the processor has; others are the bits of `Library.levels`, from 0."""
 
 OWN_THREADS = (0, 0)
 
