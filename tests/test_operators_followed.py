@@ -92,11 +92,12 @@ def test_transforms_of_a_graph(kind: str, how: str) -> None:
     def loss(function: Any) -> Callable[..., Tensor]:
         return lambda *given: function(*given)[0].pow(3).sum() + function(*given)[1].pow(3).sum()
 
-    for transformed in (
+    transforms: list[Callable[[Any], Any]] = [
         lambda f: torch.func.grad(loss(f), argnums=(0, 1, 2))(*given),
         lambda f: torch.func.hessian(loss(f))(*given),
         lambda f: torch.func.vmap(torch.func.grad(loss(f)))(*(torch.stack([one, 2 * one]) for one in given)),
-    ):
+    ]
+    for transformed in transforms:
         torch.testing.assert_close(transformed(graph), transformed(function), rtol=1e-4, atol=1e-4)
 
 
