@@ -150,14 +150,16 @@ def backward(
     """Choose an implementation and compute the gradients; they are contiguous.
 
     Args:
-        problem: that of the forward call.
+        problem: that of the forward call; layout, platform and arch are seen here.
         implementation: one by name.
         wanted: as in `normkit.interface.Kernels.backward`; so are the others.
         known_as: what passes like it are prepared by, as in `prepared.backward`.
     """
     _check_saved(problem, {"dy": dy, "dresidual_out": dresidual_out, "h": h}, weight, mean, rstd)
+    platform, arch = device.platform_of(h.device)
     layout = layout_of([tensor for tensor in (dy, dresidual_out, h) if tensor is not None])
-    problem = problem if layout == problem.layout else replace(problem, layout=layout)
+    if (platform, arch, layout) != (problem.platform, problem.arch, problem.layout):
+        problem = replace(problem, platform=platform, arch=arch, layout=layout)
     tensors = (dy, dresidual_out, h, weight, mean, rstd)
     kernels, gradients = registry.compute(
         problem, TABLE, implementation, lambda kernels: kernels.backward(problem, wanted, *tensors)

@@ -12,9 +12,9 @@ from normkit import registry
 from normkit.call import bind
 from normkit.registry import Verdict
 
-from . import dispatch
+from . import dispatch, transforms
 from .implementations import TABLE
-from .route import compute, needs_grad
+from .route import compute
 
 
 def rms_norm(
@@ -258,4 +258,8 @@ def explain(function: str, x: Tensor, *arrays: Tensor | None, **options: Any) ->
         reference True computes this on cpu
     """
     call = bind(globals(), function, x, *arrays, **options)
-    return registry.explain(dispatch.problem_of(call, needs_grad(call)), TABLE)
+    verdicts = registry.explain(dispatch.problem_of(call, transforms.needs_grad(*call.parts()[1])), TABLE)
+    if transforms.active():
+        taken = None if call.writes else "reference"
+        return [one if one.name == taken else Verdict(one.name, False, f"not {transforms.WHY}") for one in verdicts]
+    return verdicts

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from normkit import reference, registry
 from normkit.call import Call
 from normkit.interface import Forward, Gradients, Wanted
-from normkit.spec import NormSpec, Problem
+from normkit.spec import NormSpec
 
-from . import dispatch, shortcut
+from . import dispatch, gradient, shortcut, transforms
+from .guarded import Results
 from .implementations import TABLE
-from .library import LIBRARY, arguments_of, call_of, filled, gradient_arguments, gradient_problem, hands_on
+from .library import LIBRARY, arguments_of, call_of, filled, gradient_problem, hands_on, there
 from .memory import check_writes
 
 _HAVE_MEMORY = (Tensor, torch.nn.Parameter)
@@ -59,37 +61,6 @@ def _arguments(call: Call) -> tuple[Any, ...]:
     return arguments_of(call)
 
 
-def backward(
-    problem: Problem,
-    implementation: str | None,
-    wanted: Wanted,
-    dy: Tensor | None,
-    dresidual_out: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of x, residual, weight and bias through the operator, where y or residual_out has one."""
-    if problem.residual_out_dtype is None:
-        dresidual_out = None
-    if dy is None:
-        return _passed_on(problem, wanted, dresidual_out).by_operand(problem)
-    rest = gradient_arguments(problem, wanted, implementation)
-    results = torch.ops.normkit.norm_backward(dy, dresidual_out, h, weight, mean, rstd, *rest)
-    gradients = Gradients(*(result if asked else None for result, asked in zip(results, wanted, strict=True)))
-    return gradients.by_operand(problem)
-
-
-def _passed_on(problem: Problem, wanted: Wanted, dresidual_out: Tensor | None) -> Gradients:
-    """Return the gradients where only residual_out has one: it goes straight to x and residual."""
-    if dresidual_out is None:
-        return Gradients(None, None, None, None)
-    dtypes = ((wanted.dx, problem.x_dtype), (wanted.dresidual, problem.residual_dtype))
-    dx, dresidual = (dresidual_out.to(getattr(torch, str(dtype))) if asked else None for asked, dtype in dtypes)
-    return Gradients(dx, dresidual, None, None)
-
-
 def _below(keyset: Any, operator: Any, *arguments: Any) -> Any:
     """Call an operator as the one that autograd has just seen, with its dispatch keys."""
     with torch._C._AutoDispatchBelowAutograd():
@@ -102,35 +73,70 @@ def _past_autograd(keyset: Any, operator: Any, *arguments: Any) -> Any:
 
 
 def _needs_grad(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in arguments)
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+
+
+def _followed(keyset: Any, arguments: tuple[Any, ...]) -> Forward | Results | None:
+    """Return the results of a forward pass that autograd or a transform follows, None if neither does."""
+    if transforms.active():
+        return transforms.forward(call_of(*arguments))
+    if not _needs_grad(arguments):
+        return None
+    call = call_of(*arguments)
+    y, *rest = _below(keyset, torch.ops.normkit.norm_and_statistics.default, *arguments)
+    problem = call.problem(dispatch.operand, needs_grad=True)
+    residual_out = rest.pop(0) if problem.residual_out_dtype else None
+    mean = rest.pop(0) if problem.spec.subtract_mean else None
+    return gradient.attached((y, residual_out, mean, *rest, problem), call.parts()[1], call.implementation)
 
 
 def _norm(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    if _needs_grad(arguments):
-        return filled(arguments[0], _Norm.apply(keyset, *arguments))  # type: ignore[no-untyped-call]
+    made = _followed(keyset, arguments)
+    if made is not None:
+        return filled(arguments[0], made[:2])
     if hands_on(call_of(*arguments)):
         return tuple(_below(keyset, torch.ops.normkit.norm_and_residual.default, *arguments))
     return filled(arguments[0], (_below(keyset, torch.ops.normkit.norm_alone.default, *arguments), None))
 
 
-def _norm_alone(keyset: Any, *arguments: Any) -> Tensor:
-    if _needs_grad(arguments):  # as in a graph of inference that runs where gradients are asked for
-        y: Tensor = _Norm.apply(keyset, *arguments)[0]  # type: ignore[no-untyped-call]
-        return y
-    found: Tensor = _past_autograd(keyset, torch.ops.normkit.norm_alone.default, *arguments)
-    return found
+def _like_norm(name: str, results: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return the same for what calls of `norm` become: a graph may run where more is asked than when it was traced."""
+    operator = getattr(torch.ops.normkit, name).default
+
+    def followed(keyset: Any, *arguments: Any) -> Any:
+        made = _followed(keyset, arguments)
+        return _past_autograd(keyset, operator, *arguments) if made is None else results(made)
+
+    return followed
 
 
-def _norm_and_residual(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _norm_(keyset: Any, *arguments: Any) -> None:
     if _needs_grad(arguments):
-        return tuple(_Norm.apply(keyset, *arguments))  # type: ignore[no-untyped-call]
-    return tuple(_past_autograd(keyset, torch.ops.normkit.norm_and_residual.default, *arguments))
+        raise transforms.gradient_lost(call_of(*arguments))
+    if transforms.active():
+        transforms.forward(call_of(*arguments))  # which refuses it
+    _past_autograd(keyset, torch.ops.normkit.norm_.default, *arguments)
 
 
 def _norm_backward(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    if _needs_grad(arguments):
-        return filled(arguments[2], _NormBackward.apply(keyset, *arguments))  # type: ignore[no-untyped-call]
-    return filled(arguments[2], _gradients_below(keyset, arguments))
+    return filled(arguments[2], _followed_gradients(keyset, arguments) or _gradients_below(keyset, arguments))
+
+
+def _norm_gradients(keyset: Any, *arguments: Any) -> Any:
+    made = _followed_gradients(keyset, arguments)
+    return _past_autograd(keyset, torch.ops.normkit.norm_gradients.default, *arguments) if made is None else there(made)
+
+
+def _followed_gradients(keyset: Any, arguments: tuple[Any, ...]) -> Gradients | None:
+    transformed = transforms.active()
+    if not (transformed or _needs_grad(arguments)):
+        return None
+    dy, dresidual_out, h, weight, _, _, *spec, asked = arguments
+    rows, wanted, problem = (dy, dresidual_out, h, weight), Wanted(*asked), gradient_problem(dy, h, weight, *spec)
+    if transformed:
+        return reference.backward(problem, wanted, *rows)
+    made = _gradients_below(keyset, arguments)
+    return Gradients(*gradient.NormkitGradient.apply(made, problem, wanted, *rows))  # type: ignore[no-untyped-call]
 
 
 def _gradients_below(keyset: Any, arguments: tuple[Any, ...]) -> Gradients:
@@ -138,61 +144,14 @@ def _gradients_below(keyset: Any, arguments: tuple[Any, ...]) -> Gradients:
     return Gradients(*(next(found) if asked else None for asked in arguments[-1]))
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        call = call_of(*arguments)
-        y, *rest = _below(keyset, torch.ops.normkit.norm_and_statistics.default, *arguments)
-        problem = call.problem(dispatch.operand)
-        residual_out = rest.pop(0) if problem.residual_out_dtype else None
-        mean = rest.pop(0) if problem.spec.subtract_mean else None
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(call.x if residual_out is None else residual_out, call.weight, mean, *rest)
-        ctx.problem, ctx.implementation = problem, call.implementation
-        return y, residual_out
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = Wanted.by(ctx.problem, *ctx.needs_input_grad[1:5])
-        gradients = backward(ctx.problem, ctx.implementation, wanted, dy, dresidual_out, *ctx.saved_tensors)
-        return None, *gradients, None, None, None
-
-
-class _NormBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Gradients:
-        dy, dresidual_out, h, weight, _, _, *spec, wanted = arguments
-        ctx.save_for_backward(dy, dresidual_out, h, weight)
-        ctx.problem, ctx.wanted = gradient_problem(dy, h, weight, *spec), Wanted(*wanted)
-        return _gradients_below(keyset, arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Differentiate the gradient: that of the reference, which is made of differentiable operations."""
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # views, so that differentiation stops here and does not go on from dy to the weight that y was made with
-            inputs: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
-            gradients = reference.backward(ctx.problem, ctx.wanted, *inputs)
-        asked = {index: inputs[index] for index, needed in enumerate(ctx.needs_input_grad[1:5]) if needed}
-        made = zip(gradients, cotangents, strict=True)
-        outputs, grads = [], []
-        for gradient, dt in made:
-            if gradient is not None and gradient.requires_grad:
-                outputs.append(gradient)
-                grads.append(dt)
-        found: tuple[Tensor | None, ...] = (None,) * len(asked)
-        if outputs:
-            found = torch.autograd.grad(outputs, list(asked.values()), grads, create_graph=create_graph, allow_unused=True)
-        by_index = dict(zip(asked, found, strict=True))
-        return None, *(by_index.get(index) for index in range(4)), *(None,) * 6
-
-
 for _name, _differentiable in (
     ("norm", _norm),
-    ("norm_alone", _norm_alone),
-    ("norm_and_residual", _norm_and_residual),
+    ("norm_alone", _like_norm("norm_alone", lambda made: made[0])),
+    ("norm_and_residual", _like_norm("norm_and_residual", lambda made: made[:2])),
+    ("norm_and_statistics", _like_norm("norm_and_statistics", lambda made: there(made[:4]))),
+    ("norm_", _norm_),
     ("norm_backward", _norm_backward),
+    ("norm_gradients", _norm_gradients),
 ):
     LIBRARY.impl(_name, _differentiable, "Autograd", with_keyset=True)
 shortcut.install()

@@ -6,16 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
+from torch._C import _len_torch_dispatch_stack
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch._C._profiler import _RecordFunctionFast
+from torch.autograd import forward_ad, profiler
 from torch.compiler import is_dynamo_compiling
 
-from normkit import reference
 from normkit.call import FUNCTIONS, Arrays, Call, Options
-from normkit.errors import OptionError, UnsupportedError
 
-from . import dispatch, gradient, operators, prepared
+from . import dispatch, gradient, operators, prepared, transforms
 
 _WITHOUT_RESIDUAL = frozenset(name for name in FUNCTIONS if not name.startswith("add_"))
 
@@ -28,6 +27,17 @@ def compute(function: str, tensors: Arrays, options: Options) -> Any:
         tensors: x, residual, weight, bias, out and residual_out.
         options: eps and all that follow.
     """
+    if profiler._is_profiler_enabled and not is_dynamo_compiling():
+        with _RecordFunctionFast(f"normkit::{function}"):
+            return _computed(function, tensors, options)
+    return _computed(function, tensors, options)
+
+
+# what torch.compile could not compile as a whole it compiles frame by frame, for which it hides transforms: not these
+set_code_exec_strategy(compute.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+def _computed(function: str, tensors: Arrays, options: Options) -> Any:
     made = None
     # a transform that is active, and what else torch would do with the tensors, is seen by the guard of a prepared call
     if not (is_dynamo_compiling() or _len_torch_dispatch_stack() or forward_ad._current_level >= 0):
@@ -43,12 +53,13 @@ def compute(function: str, tensors: Arrays, options: Options) -> Any:
 
 def _compute(call: Call) -> Any:
     """Compute a call: at once in plain eager code, through the operators where autograd or a tracer must see it."""
-    grad = needs_grad(call)
+    tensors = call.parts()[1]
+    grad = transforms.needs_grad(*tensors)
     if grad and call.writes:
-        raise OptionError(_gradient_lost(call))
-    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _under_transform(call)
-    plain = dispatch.is_plain(*call.parts()[1])
+        raise transforms.gradient_lost(call)
+    if transforms.active():
+        return call.result(transforms.forward(call))
+    plain = dispatch.is_plain(*tensors)
     if call.function.endswith("_"):
         if not plain:
             return operators.norm_(call)
@@ -59,40 +70,3 @@ def _compute(call: Call) -> Any:
     if grad:
         return call.result(gradient.norm(call))
     return call.result(dispatch.forward_into(call) if call.writes else dispatch.forward(call, needs_grad=False))
-
-
-def _gradient_lost(call: Call) -> str:
-    if call.function.endswith("_"):
-        return (
-            f"{call.function} overwrites its inputs, and one of them requires a gradient: "
-            f"use {call.function[:-1]}, or torch.no_grad()"
-        )
-    asking = [name for name, tensor in (call.arrays | call.outputs).items() if getattr(tensor, "requires_grad", False)]
-    return (
-        f"gradients do not flow through tensors that are written to, and {', '.join(asking)} requires one: "
-        f"do without {_outputs(call)}, or use torch.no_grad()"
-    )
-
-
-def _outputs(call: Call) -> str:
-    return " and ".join(f"{name}=" for name in call.outputs)
-
-
-def _under_transform(call: Call) -> Any:
-    """Compute by the reference, whose operations have vmap and forward-mode rules; an operator has neither."""
-    if call.writes or call.implementation not in (None, "reference"):
-        in_place = call.function.endswith("_")
-        asked = call.function if in_place else _outputs(call) or f"implementation={call.implementation!r}"
-        raise UnsupportedError(
-            f"{asked} cannot be used under torch.func transforms and forward-mode differentiation: they take the reference"
-        )
-    problem = call.problem(dispatch.operand)
-    return call.result(reference.forward(problem, call.x, call.residual, call.weight, call.bias))
-
-
-def needs_grad(call: Call) -> bool:
-    """Whether autograd will want a backward pass of this call."""
-    return torch.is_grad_enabled() and any(
-        isinstance(tensor, Tensor) and tensor.requires_grad
-        for tensor in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
-    )
