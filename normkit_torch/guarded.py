@@ -55,6 +55,8 @@ def in_python(guarded: Guarded, bind: Bind) -> Run:
             return None
         arrays = (None, *given, *[new() for new in make]) if make else (None, *given)
         addresses = (0, *map(address_of, arrays[1:]), bind)
+        if 0 in addresses[1:]:  # to the kernels, address 0 is an array that there is not
+            return None
         launch = (bound.get(addresses) or bound_to(addresses)) if pairs else bind(pointers_of(addresses))
         if launch is None:
             return None
@@ -79,7 +81,8 @@ def on_tensors(guarded: Guarded, compute: Compute) -> Run:
         if given_like_then(tensors) is None:
             return None
         x, residual, weight, bias, _, _ = tensors
-        if pairs and overlap([0 if tensor is None else address_of(tensor) for tensor in tensors[:4]]):
+        addresses = [None if tensor is None else address_of(tensor) for tensor in tensors[:4]]
+        if 0 in addresses or (pairs and overlap(addresses)):
             return None
         rows = (x, residual) if flat is None else (x.view(flat), residual if residual is None else residual.view(flat))
         results = compute(spec, Given(*rows, weight, bias), Vendor(*rows) if in_place else None)

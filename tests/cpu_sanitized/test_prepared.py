@@ -40,13 +40,13 @@ def problem_of(kind: str, shape: tuple[int, int], dtypes: tuple[str, str]) -> Pr
 
 
 def run(problem: Problem, given: tuple[Any, ...], shapes: Any, dtypes: Any, pointers: int, is_backward: bool) -> Any:
-    """Compute by a prepared call whose results are all made, and refuse one that lacks an array or is not alike."""
+    """Compute by a prepared call whose results are all made, and refuse arrays that lack one, are not alike or not there."""
     places = tuple(place for place, each in enumerate(given) if each is not None)
     positions = [places.index(place) + 1 if place in places else 0 for place in range(6)]
     made = [None if dtype is None else partial(empty, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     numbers = itertools.count(len(places) + 1)
     results = tuple(0 if make is None else next(numbers) for make in made)
-    alike = True
+    alike, lost = True, None
     guarded = prepared.Guarded(
         problem=problem,
         places=places,
@@ -56,7 +56,7 @@ def run(problem: Problem, given: tuple[Any, ...], shapes: Any, dtypes: Any, poin
         pointers=(*positions[:pointers], *results),
         pairs=(),
         written=(),
-        address_of=lambda each: each.ctypes.data,
+        address_of=lambda each: 0 if each is lost else each.ctypes.data,
         count_as_written=lambda arrays: None,
     )
     call = prepared.compiled(guarded, library.threads(), is_backward=is_backward)
@@ -65,6 +65,10 @@ def run(problem: Problem, given: tuple[Any, ...], shapes: Any, dtypes: Any, poin
     alike = False
     assert call(given) is None
     alike = True
+    for place in places:
+        lost = given[place]
+        assert call(given) is None
+    lost = None
     *computed, described = call(given)
     assert described is problem
     return computed
