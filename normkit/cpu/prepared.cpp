@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A call of PyTorch like one before, from its tensors to its results: what normkit_torch/guarded.py does, at less cost.
+// A call of PyTorch like one before, from its tensors to its results: what normkit/prepared.py does, at less cost.
 #include <cstring>
 #include <initializer_list>
 #include <new>
@@ -16,13 +16,13 @@ namespace {
 
 constexpr int GIVEN = 6, RESULTS = 4, POINTERS_AT_MOST = 10, PAIRS_AT_MOST = 9;
 
-// As normkit/cpu/prepared.py packs it, where the fields are explained.
+// As normkit/cpu/prepared.py packs it; normkit/interface.py explains the fields.
 struct Layout {
     int64_t backward;                                      // whether it is the backward pass
     int64_t present;                                       // bit n: whether tensor n is given
     int64_t results[RESULTS], pointers[POINTERS_AT_MOST];  // from 1 among the tensors given and those made, or 0
     int64_t written, releases;  // bit n: whether tensor n is counted as written; whether other threads may run
-    int64_t pairs;
+    int64_t pairs;  // of tensors given, numbered as above
     struct {
         int64_t one, size, other, other_size;
     } pair[PAIRS_AT_MOST];
@@ -96,10 +96,10 @@ Answer is_alike(const Prepared &ready, Object *tensors, Object **given, int &cou
     return !alike ? Answer::ERROR : alike == &_Py_TrueStruct ? Answer::YES : Answer::NO;
 }
 
-bool overlap(const Layout &layout, void *const *pointers) {
+bool overlap(const Layout &layout, void *const *address) {
     for (int64_t index = 0; index < layout.pairs; ++index) {
         auto &pair = layout.pair[index];
-        auto one = static_cast<char *>(pointers[pair.one]), other = static_cast<char *>(pointers[pair.other]);
+        auto one = static_cast<char *>(address[pair.one]), other = static_cast<char *>(address[pair.other]);
         if (one < other + pair.other_size && other < one + pair.size) {
             return true;
         }
@@ -153,6 +153,9 @@ Object *run(Object *self, Object *tensors) {
     for (int index = 0; answer == Answer::YES && index < count; ++index) {
         answer = arrays.add(ready, given[index]);
     }
+    if (answer == Answer::YES && overlap(ready.layout, arrays.address)) {
+        answer = Answer::NO;
+    }
     if (answer != Answer::YES) {
         return instead(answer);
     }
@@ -167,9 +170,6 @@ Object *run(Object *self, Object *tensors) {
     void *pointers[POINTERS_AT_MOST];
     for (int index = 0; index < POINTERS_AT_MOST; ++index) {
         pointers[index] = arrays.address[ready.layout.pointers[index]];
-    }
-    if (overlap(ready.layout, pointers)) {
-        return none();
     }
     if (compute(ready, pointers)) {
         PyErr_SetString(PyExc_MemoryError, "the CPU kernels could not allocate their scratch memory");
