@@ -37,6 +37,16 @@ def _openmp() -> tuple[int, int]:
 _OPENMP = _openmp()
 
 
+def _forked() -> None:
+    """Use threads of our own: those of OpenMP are not there in a process that was forked, which would wait for them."""
+    global _OPENMP
+    _OPENMP = library.OWN_THREADS
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 def forward(problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Forward:
     """Compute y, residual_out and, if a backward may follow, the statistics."""
     statistics = "float32" if problem.needs_grad else None

@@ -7,6 +7,7 @@ Whatever is not like that goes the long way, errors too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -177,3 +178,7 @@ def forget() -> None:
     """Keep no calls any more."""
     _calls.clear()
     _latest.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget)  # what was prepared goes to threads that a child process does not have
