@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from .arrays import Array
 from .spec import Problem
@@ -103,3 +105,60 @@ class WritingKernels(Kernels, Protocol):
         self, problem: Problem, x: Array, residual: Array | None, weight: Array | None, bias: Array | None, out: Forward
     ) -> None:
         """Write y and residual_out into the arrays of `out`, of any strides; without a residual_out to compute that is None."""
+
+
+Run = Callable[[tuple[Any, ...]], tuple[Any, ...] | None]
+"""Computes a call like one before, of its six arrays, None for those that are not given: returns its four results, None for
+those that there are not, and the problem. Returns None, and has computed nothing, if it is not like that one, or if an array
+has no memory or shares with another what is written to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """What is known of a call, and what tells whether another one is like it.
+
+    Its arrays are x, residual, weight, bias, out and residual_out, and its results y, residual_out, mean and rstd. Those of a
+    backward pass are dy, dresidual_out, h, weight, mean and rstd, and the gradients of x, residual, weight and bias.
+
+    Attributes:
+        problem: the call, as it was described.
+        wanted: the gradients that a backward pass is to compute; None for a forward pass.
+        device: where its arrays are, in their framework's terms.
+        places: which of the arrays, from 0, are given; they are contiguous.
+        fits: whether arrays given are like those of the call.
+        make: what makes the results that are not given.
+        results: which of the arrays given, then made, counted from 1, are the results; 0 for none.
+        pointers: which of them kernels are told of: x, residual, weight, bias, y, residual_out, mean and rstd, or the arrays of
+            a backward pass, dx, dresidual, dweight and dbias.
+        pairs: for each two of them that must not share memory: which one, its bytes, which other, its bytes.
+        written: places, from 0, of the arrays given that are written to and have to be counted as that.
+        address_of: returns the address of an array.
+        count_as_written: takes such arrays.
+    """
+
+    problem: Problem
+    wanted: Wanted | None
+    device: Any
+    places: tuple[int, ...]
+    fits: Callable[..., bool]
+    make: tuple[Callable[[], Array], ...]
+    results: tuple[int, ...]
+    pointers: tuple[int, ...]
+    pairs: tuple[tuple[int, int, int, int], ...]
+    written: tuple[int, ...]
+    address_of: Callable[[Array], int]
+    count_as_written: Callable[[tuple[Array, ...]], object]
+
+
+class PreparingKernels(Kernels, Protocol):
+    """What a module for PyTorch offers besides if it can compute a call like one before without what precedes the kernels."""
+
+    def prepare(self, guarded: Guarded) -> Run | None:
+        """Return what computes calls like one that was just computed; None if it cannot."""
+
+
+class DividedKernels(Kernels, Protocol):
+    """What a module for JAX says besides if XLA has to be told that each device can compute the rows that it has."""
+
+    PER_DEVICE: bool
+    """True; see `normkit_jax.partition`."""

@@ -19,8 +19,3 @@ def maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> C
     if device.type == "cpu":
         return partial(_empty_strided_cpu, shape, strides, dtype)
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
-
-
-def without_elements(like: Tensor) -> Tensor:
-    """Make a tensor of no elements, of another's dtype and device."""
-    return _empty_strided_cpu((0,), (1,), like.dtype) if like.is_cpu else like.new_empty(0)

@@ -12,24 +12,13 @@ from torch import Tensor
 
 from normkit.cpu import library, prepared
 from normkit.cpu.library import supports
-from normkit.interface import Forward, Gradients, Wanted
+from normkit.interface import Forward, Gradients, Guarded, Run, Wanted
 from normkit.layout import row_layout
 from normkit.spec import Problem
 
 from . import allocate
-from .guarded import Bind, Run
 
-__all__ = [
-    "backward",
-    "backward_launcher",
-    "backward_runner",
-    "forward",
-    "forward_",
-    "forward_into",
-    "launcher",
-    "runner",
-    "supports",
-]
+__all__ = ["backward", "forward", "forward_", "forward_into", "prepare", "supports"]
 
 _CPU = torch.device("cpu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +35,16 @@ def _openmp() -> tuple[int, int]:
 
 
 _OPENMP = _openmp()
+
+
+def _forked() -> None:
+    """Use threads of our own: those of OpenMP are not there in a process that was forked, which would wait for them."""
+    global _OPENMP
+    _OPENMP = library.OWN_THREADS
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def forward(problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Forward:
@@ -97,24 +96,9 @@ def forward_into(
         out.residual_out.copy_(residual_out)
 
 
-def launcher(problem: Problem, _: torch.device) -> Bind:
-    """Return what binds the forward kernels to contiguous tensors."""
-    return library.launcher(problem, torch.get_num_threads(), _OPENMP)
-
-
-def backward_launcher(problem: Problem, *_: object) -> Bind:
-    """Return what binds the backward kernels to contiguous tensors."""
-    return library.launcher(problem, torch.get_num_threads(), _OPENMP, is_backward=True)
-
-
-def runner(guarded: prepared.Guarded) -> Run | None:
-    """Return what computes a call like one before, compiled, where that can be."""
+def prepare(guarded: Guarded) -> Run | None:
+    """Return what computes calls like one before, compiled, where that can be."""
     return prepared.compiled(guarded, torch.get_num_threads(), _OPENMP)
-
-
-def backward_runner(guarded: prepared.Guarded) -> Run | None:
-    """Return what computes a backward pass like one before, compiled, where that can be."""
-    return prepared.compiled(guarded, torch.get_num_threads(), _OPENMP, is_backward=True)
 
 
 def _laid_out(problem: Problem, *tensors: Tensor | None) -> tuple[list[Any], int, tuple[int, ...]]:

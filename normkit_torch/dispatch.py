@@ -20,7 +20,7 @@ from normkit.spec import Operand, Problem
 
 from . import device, prepared
 from .implementations import TABLE
-from .memory import check_writes
+from .memory import check_memory, check_writes
 
 _NAMES = {getattr(torch, name): name for name in FLOAT_DTYPES}
 
@@ -81,6 +81,7 @@ def forward(call: Call, needs_grad: bool) -> Forward:
     Calls like it are prepared: who calls this has looked for one that was.
     """
     problem = problem_of(call, needs_grad)
+    check_memory(call.arrays)
     kernels, computed = registry.compute(problem, TABLE, call.implementation, partial(_forward, call, problem))
     prepared.keep(call, problem, kernels)
     return computed
@@ -185,3 +186,4 @@ def _check_saved(
                 f"the backward pass needs {name} of shape {tuple(shape)} and {dtype}, as it was in the forward pass; "
                 f"got {tuple(tensor.shape)} and {dtype_name(tensor.dtype)}: do not replace it between the two"
             )
+    check_memory({name: tensor for name, tensor, _, _ in expected})

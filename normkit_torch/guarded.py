@@ -1,133 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left to do in a call like one before, for any implementation: guard, addresses, memory of results, launch.
+"""What is known of a call of tensors, for an implementation to compute others like it.
 
-normkit/cpu/prepared.cpp does the same for the `cpu` implementation, in a third of the time.
+The guard is the one that torch.compile has for its own. It sees in one look whether tensors are like those of then in type,
+device, dtype, shape, strides, and in all that torch would treat them by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._C import _increment_version
+from torch._C._dynamo.guards import TensorGuards
+from torch.nn import Parameter
 
 from normkit.call import Arrays
-from normkit.cpu.prepared import Guarded
+from normkit.interface import Gradients, Guarded, Wanted
 from normkit.spec import Problem
-from normkit.vendors.exchange import Compute, Given
-from normkit.vendors.exchange import Results as Vendor
 
-Bind = Callable[[tuple[int, ...]], Callable[[], None]]
-"""Takes the addresses of what `Guarded.pointers` names, contiguous, 0 for what there is not; returns what runs the kernels."""
+from . import allocate
 
 Results = tuple[Any, Tensor | None, Tensor | None, Tensor | None, Problem]
-"""y, residual_out, mean and rstd, as in `normkit.interface.Forward`, or the gradients of x, residual, weight and bias; and the
-call as it was described when it was prepared."""
-
-Run = Callable[[Arrays], Results | None]
-"""Computes a call; None if its tensors are not like those of the one that was prepared, or share memory that is written to."""
-
-# what runs the kernel of a call that writes, by addresses that do not overlap, and what bound it to them; of all calls together
-bound: dict[tuple[Any, ...], Callable[[], None]] = {}
-_MOST_BOUND = 1024
+"""What `normkit.interface.Run` returns: y, residual_out, mean and rstd or four gradients, and the problem of then."""
 
 
-def in_python(guarded: Guarded, bind: Bind) -> Run:
-    """Return what computes calls like one before with the implementation that `bind` is of."""
-    make, pairs, written, problem = guarded.make, guarded.pairs, guarded.written, guarded.problem
-    address_of, count_as_written = guarded.address_of, guarded.count_as_written
-    pointers_of, results_of, written_of = map(_picking, (guarded.pointers, guarded.results, written))
-    given_like_then, overlap = _guard(guarded), _overlap(guarded)
-
-    def bound_to(addresses: tuple[Any, ...]) -> Callable[[], None] | None:
-        pointers = pointers_of(addresses)
-        if overlap(pointers):
-            return None
-        if len(bound) >= _MOST_BOUND:
-            bound.clear()
-        launch = bound[addresses] = bind(pointers)
-        return launch
-
-    def run(tensors: Arrays) -> Results | None:
-        given = given_like_then(tensors)
-        if given is None:
-            return None
-        arrays = (None, *given, *[new() for new in make]) if make else (None, *given)
-        addresses = (0, *map(address_of, arrays[1:]), bind)
-        launch = (bound.get(addresses) or bound_to(addresses)) if pairs else bind(pointers_of(addresses))
-        if launch is None:
-            return None
-        launch()
-        if written:
-            count_as_written(written_of(tensors))
-        return *results_of(arrays), problem
-
-    return run
+def of_forward(problem: Problem, tensors: Arrays) -> Guarded | None:
+    """Return what is known of a forward pass; None if no other can be told to be like it."""
+    places, given = _places(tensors)
+    if not _can_be_guarded(problem, given):
+        return None
+    positions = _positions(places)
+    writes = (0, 1) if problem.in_place else (4, 5)
+    written = [place for place in writes if place in places]
+    statistics = problem.compute_dtype if problem.needs_grad else None
+    dtypes = [problem.out_dtype, problem.residual_out_dtype, statistics if problem.spec.subtract_mean else None, statistics]
+    shapes = [problem.shape] * 2 + [problem.shape[:-1]] * 2
+    given_at = [*(positions[place] for place in writes), 0, 0]
+    results, make = _results(given_at, shapes, dtypes, len(given), tensors[0].device)
+    return Guarded(
+        problem=problem,
+        wanted=None,
+        device=tensors[0].device,
+        places=tuple(places),
+        fits=_guard(given),
+        make=make,
+        results=results,
+        pointers=(*positions[:4], *results),
+        pairs=_pairs(positions, [0 if tensor is None else tensor.nbytes for tensor in tensors], written),
+        written=tuple(place for place in written if not tensors[place].is_inference()),
+        address_of=Tensor.data_ptr,
+        count_as_written=_increment_version,
+    )
 
 
-def on_tensors(guarded: Guarded, compute: Compute) -> Run:
-    """Return what computes calls like one before with a vendor's operators, which take tensors and make their own results."""
-    problem, pairs, written = guarded.problem, guarded.pairs, guarded.written
-    address_of, count_as_written = guarded.address_of, guarded.count_as_written
-    written_of = _picking(written)
-    given_like_then, overlap = _guard(guarded), _overlap(guarded)
-    spec, shape, in_place = problem.spec, problem.shape, problem.in_place
-    flat = None if len(shape) == 2 else (problem.rows, problem.hidden_size)
-
-    def run(tensors: Arrays) -> Results | None:
-        if given_like_then(tensors) is None:
-            return None
-        x, residual, weight, bias, _, _ = tensors
-        if pairs and overlap([0 if tensor is None else address_of(tensor) for tensor in tensors[:4]]):
-            return None
-        rows = (x, residual) if flat is None else (x.view(flat), residual if residual is None else residual.view(flat))
-        results = compute(spec, Given(*rows, weight, bias), Vendor(*rows) if in_place else None)
-        if written:
-            count_as_written(written_of(tensors))
-        if in_place:
-            return x, residual, None, None, problem
-        y, residual_out = results
-        if flat is not None:
-            y, residual_out = y.view(shape), residual_out if residual_out is None else residual_out.view(shape)
-        return y, residual_out, None, None, problem
-
-    return run
+def of_backward(problem: Problem, wanted: Wanted, tensors: Arrays) -> Guarded | None:
+    """Return what is known of a backward pass, as `of_forward` does; the tensors are dy, dresidual_out, h and what follows."""
+    places, given = _places(tensors)
+    if not _can_be_guarded(problem, given):
+        return None
+    device, hidden = tensors[0].device, problem.shape[-1:]
+    of_operands = problem.x_dtype, problem.residual_dtype, problem.weight_dtype, problem.bias_dtype
+    dtypes = [dtype if asked else None for dtype, asked in zip(of_operands, wanted, strict=True)]
+    gradients, make = _results([0] * 4, [problem.shape] * 2 + [hidden] * 2, dtypes, len(given), device)
+    made = Gradients(*gradients)
+    return Guarded(
+        problem=problem,
+        wanted=wanted,
+        device=device,
+        places=tuple(places),
+        fits=_guard(given),
+        make=make,
+        results=tuple(position or 0 for position in (made if wanted.dresidual else made.by_operand(problem))),
+        pointers=(*_positions(places), *gradients),
+        pairs=(),
+        written=(),
+        address_of=Tensor.data_ptr,
+        count_as_written=_increment_version,
+    )
 
 
-def _guard(guarded: Guarded) -> Callable[[Arrays], tuple[Tensor, ...] | None]:
-    """Return what picks the tensors given, None if they are not like those of the call that was prepared."""
-    fits, given_of = guarded.fits, _picking(guarded.places)
-    absent = tuple(place not in guarded.places for place in range(6))
-
-    def given_like_then(tensors: Arrays) -> tuple[Tensor, ...] | None:
-        x, residual, weight, bias, out, residual_out = tensors
-        if (x is None, residual is None, weight is None, bias is None, out is None, residual_out is None) != absent:
-            return None
-        given = given_of(tensors)
-        try:
-            for tensor in given:  # a nested one has no strides, and to look for them the guard would end the process
-                if tensor.is_nested is not False:
-                    return None
-        except AttributeError:  # it is no tensor
-            return None
-        return given if fits(*given) else None
-
-    return given_like_then
+def _places(tensors: Arrays) -> tuple[list[int], list[Tensor]]:
+    places = [place for place, tensor in enumerate(tensors) if tensor is not None]
+    return places, [tensors[place] for place in places]
 
 
-def _overlap(guarded: Guarded) -> Callable[[Sequence[int]], bool]:
-    """Return what says whether memory that is written to is that of another tensor, by the pointers that `Guarded` names."""
-    pairs = guarded.pairs
-
-    def overlap(pointers: Sequence[int]) -> bool:
-        for one, size, other, other_size in pairs:
-            if pointers[one] < pointers[other] + other_size and pointers[other] < pointers[one] + size:
-                return True
-        return False
-
-    return overlap
+def _can_be_guarded(problem: Problem, given: list[Tensor]) -> bool:
+    # a guard takes one tensor in two places for another call
+    return problem.rows > 0 and all(map(_is_plain, given)) and len(set(map(id, given))) == len(given)
 
 
-def _picking(places: tuple[int, ...]) -> Callable[[tuple[Any, ...]], Any]:
-    return itemgetter(*places) if len(places) > 1 else lambda tensors: tuple(tensors[place] for place in places)
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, Parameter) and tensor.is_contiguous() and not tensor.is_neg()
+
+
+def _positions(places: list[int]) -> list[int]:
+    """Return for each of six tensors where it is among those given, from 1; 0 where it is not."""
+    return [places.index(place) + 1 if place in places else 0 for place in range(6)]
+
+
+def _guard(given: list[Tensor]) -> Callable[..., bool]:
+    layouts: dict[str, Any] = {
+        "dynamic_dims_sizes": [[*tensor.shape] for tensor in given],
+        "dynamic_dims_strides": [[*tensor.stride()] for tensor in given],
+    }
+    return TensorGuards(*given, **layouts).check
+
+
+def _results(
+    given_at: list[int], shapes: list[tuple[int, ...]], dtypes: list[str | None], given: int, device: torch.device
+) -> tuple[tuple[int, ...], tuple[Callable[[], Tensor], ...]]:
+    """Return where four results are, as in `Guarded`, and what makes those that are not given and have a dtype."""
+    results: list[int] = []
+    make: list[Callable[[], Tensor]] = []
+    for position, shape, dtype in zip(given_at, shapes, dtypes, strict=True):
+        if position or dtype is None:
+            results.append(position)
+        else:
+            make.append(allocate.maker(shape, getattr(torch, dtype), device))
+            results.append(given + len(make))
+    return tuple(results), tuple(make)
+
+
+def _pairs(positions: list[int], sizes: list[int], written: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
+    """Return the pairs of tensors of which one is written to."""
+    read = [place for place in range(4) if sizes[place] and place not in written]
+    pairs = [*pairwise(written), *((one, other) for one in written for other in read)]
+    return tuple((positions[one], sizes[one], positions[other], sizes[other]) for one, other in pairs)

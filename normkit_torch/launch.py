@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from normkit import plan
 from normkit.compile import operand_dtypes
-from normkit.interface import Forward, Rejected
+from normkit.interface import Forward, Guarded, Rejected, Run
+from normkit.prepared import Start, in_python
 from normkit.spec import Problem
 
-from . import failures, steps
-from .guarded import Bind
-from .launch_backward import backward, backward_launcher
+from . import failures, launch_backward, steps
+from .launch_backward import backward
 
-__all__ = ["backward", "backward_launcher", "forward", "forward_", "forward_into", "launcher", "supports"]
+__all__ = ["backward", "forward", "forward_", "forward_into", "prepare", "supports"]
 
 _PLATFORMS = ("cuda", "rocm", "xpu")
 
-_forwards: dict[tuple[Problem, torch.device], steps.Start] = {}
+_forwards: dict[tuple[Problem, torch.device], Start] = {}
 
 
 def supports(problem: Problem) -> Rejected | None:
@@ -70,13 +70,15 @@ def forward_into(
             tensor.copy_(rows)
 
 
-def launcher(problem: Problem, device: torch.device) -> Bind | None:
-    """Return what binds the kernels to contiguous tensors, None while Triton interprets; see `normkit_torch.guarded.Bind`."""
-    start = _ready(problem, device)
-    return None if start is None else partial(partial, start)
+def prepare(guarded: Guarded) -> Run | None:
+    """Return what launches calls like one before, None while Triton interprets."""
+    if guarded.wanted is not None:
+        return launch_backward.prepare(guarded)
+    start = _ready(guarded.problem, guarded.device)
+    return None if start is None else in_python(guarded, start)
 
 
-def _ready(problem: Problem, device: torch.device) -> steps.Start | None:
+def _ready(problem: Problem, device: torch.device) -> Start | None:
     """Return what launches a forward pass of contiguous rows, by addresses in the order of `operand_dtypes`."""
     start = _forwards.get((problem, device))
     if start is None:

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from normkit import plan
 from normkit.compile import gradient_dtypes
-from normkit.interface import Gradients, Wanted
+from normkit.interface import Gradients, Guarded, Run, Wanted
+from normkit.prepared import Start, in_python
 from normkit.spec import Problem
 
 from . import allocate, failures, steps
-from .guarded import Bind
 
 # The arrays of the steps, in the order in which their addresses are given: the caller's, then what `_scratch` says.
 _GIVEN = ("dy", "dresidual_out", "h", "weight", "mean", "rstd", "dx", "dresidual")
 _SCRATCH = ("dweight", "dbias", "x_hat_g", "g")
 
-_backwards: dict[tuple[object, ...], steps.Start] = {}
+_backwards: dict[tuple[object, ...], Start] = {}
 
 
 def backward(
@@ -54,13 +54,14 @@ def backward(
     return gradients
 
 
-def backward_launcher(problem: Problem, wanted: Wanted, has_dresidual_out: bool, device: torch.device) -> Bind | None:
-    """Return what binds the kernels to contiguous tensors, None while Triton interprets; see `normkit_torch.guarded.Bind`."""
-    start = _ready(problem, wanted, has_dresidual_out, device)
-    return None if start is None else partial(partial, start)
+def prepare(guarded: Guarded) -> Run | None:
+    """Return what launches passes like one before, None while Triton interprets."""
+    assert guarded.wanted is not None
+    start = _ready(guarded.problem, guarded.wanted, 1 in guarded.places, guarded.device)
+    return None if start is None else in_python(guarded, start)
 
 
-def _ready(problem: Problem, wanted: Wanted, has_dresidual_out: bool, device: torch.device) -> steps.Start | None:
+def _ready(problem: Problem, wanted: Wanted, has_dresidual_out: bool, device: torch.device) -> Start | None:
     """Return what launches a backward pass of contiguous rows, by the addresses of its six arrays and of the four gradients."""
     key = (problem, wanted, has_dresidual_out, device)
     ready = _backwards.get(key)
@@ -87,8 +88,8 @@ def _ready(problem: Problem, wanted: Wanted, has_dresidual_out: bool, device: to
 
 
 def _start(
-    starts: list[steps.Start],
-    totals: list[tuple[int, steps.Start]],
+    starts: list[Start],
+    totals: list[tuple[int, Start]],
     make: list[Callable[[], Tensor] | None],
     addresses: tuple[int, ...],
 ) -> None:

@@ -1,22 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors a call may write to."""
+"""Which memory a call may read and write."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from normkit.call import Call
 from normkit.errors import OptionError
 from normkit.memory import check_written
 
 
-def check_writes(call: Call) -> None:
-    """Refuse tensors of a call that cannot be written to without changing one another.
+def check_memory(tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuse tensors whose memory was freed, which kernels would take for tensors that there are not, or read at any address.
+
+    Args:
+        tensors: by name; None for one that there is not.
 
     Raises:
-        OptionError: a tensor to write to comes from torch.inference_mode(), an element of it has several places, or it shares
-            memory with another tensor of the call.
+        OptionError: a tensor has elements, and its storage no bytes.
     """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise OptionError(
+                f"{name} has shape {tuple(tensor.shape)} and no memory, as while a parameter is sharded or offloaded: "
+                "its storage has 0 bytes; gather or load it before the call"
+            )
+
+
+def check_writes(call: Call) -> None:
+    """Refuse a call that cannot write to its tensors without changing others.
+
+    Raises:
+        OptionError: a tensor has no memory; one to write to comes from torch.inference_mode(), an element of it has several
+            places, or it shares memory with another tensor of the call.
+    """
+    check_memory(call.arrays | call.outputs)
     written, read = call.outputs, call.arrays
     how, advice = "", "give another tensor"
     if call.function.endswith("_"):

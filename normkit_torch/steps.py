@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from normkit import plan
 from normkit.layout import RowStrides, row_layout
+from normkit.prepared import Start
 from normkit.spec import Problem
 
 from . import jit
-
-Start = Callable[[tuple[int, ...]], None]
-"""Launches on the arrays at these addresses, 0 for what there is not."""
 
 # kernels and calls to keep; those forgotten are still compiled
 MOST = 1024

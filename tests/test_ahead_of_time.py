@@ -26,11 +26,11 @@ from normkit.compile import compile_backward, compile_forward, compile_step, gra
 from normkit.errors import OptionError
 from normkit.interface import Wanted
 from normkit.plan import Step
-from normkit.resources import registers, shared_memory
 from normkit.spec import NormSpec, Operand, Problem, describe
 
 from .cases import CASES
 from .machine_code import SHARED_LIMITS, Measured, measure, row_bytes
+from .resources import registers, shared_memory
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":

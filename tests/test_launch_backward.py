@@ -22,7 +22,7 @@ from torch import Tensor
 
 from normkit import registry
 from normkit.interface import Wanted
-from normkit_torch import allocate, dispatch, failures, launch, prepared
+from normkit_torch import allocate, dispatch, failures, launch_backward, prepared
 
 from .launch_calls import BF16, HIDDEN, rows
 from .launch_passes import F32, LONG, NAMES, Pass, only_the_short_way, shapes
@@ -165,13 +165,13 @@ def test_a_warm_pass_does_nothing_in_torch_but_make_memory(hidden: int, driver: 
     wanted = Wanted(True, False, True, True)
     found = Pass(driver, hidden=hidden)
     (problem,) = {ready.problem for alike in prepared._calls.values() for ready in alike}
-    bind = launch.backward_launcher(problem, wanted, True, found.dy.device)
-    assert bind is not None
+    start = launch_backward._ready(problem, wanted, True, found.dy.device)
+    assert start is not None
     given = (found.dy, found.dresidual_out, *found.saved, found.gradients[0], None, *found.gradients[2:])
-    start = bind(tuple(0 if tensor is None else tensor.data_ptr() for tensor in given))
+    addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in given)
     driver.launches.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        start()
+        start(addresses)
     events = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
     assert events <= {"aten::empty_strided", "aten::empty"}
     assert shapes(driver.launches) == shapes(found.launches)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that is short for a moment is an error of that call, as in torch, and says nothing of those that follow."""
+"""Memory that is short for a moment, or freed, is an error of that call, and says nothing of those that follow."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 
+import normkit_torch
+from normkit import OptionError
 from normkit_torch import failures, jit, launch, launch_backward
 
-from .launch_calls import CALLS, EACH
+from .launch_calls import CALLS, EACH, parameter, rows
 
 ERRORS: dict[str, tuple[str, Exception]] = {
     "torch has none for a launch": ("launch", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
@@ -67,3 +69,18 @@ def test_a_prepared_call_stays_prepared(call: Callable[[], None], driver: FakeDr
     monkeypatch.setattr(launch, "_launch_forward", None)
     monkeypatch.setattr(launch_backward, "_ready", None)
     call()
+
+
+@pytest.mark.parametrize("times", [0, 1], ids=["cold", "prepared"])
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("function", [normkit_torch.add_layer_norm, normkit_torch.add_layer_norm_])
+def test_memory_that_was_freed(function: Callable[..., object], place: int, times: int, driver: FakeDriver) -> None:
+    for _ in range(times):
+        function(rows(8), rows(8), parameter(), parameter())
+    tensors = [rows(8), rows(8), parameter(), parameter()]
+    tensors[place] = tensors[place].clone()
+    tensors[place].untyped_storage().resize_(0)
+    driver.launches.clear()
+    with pytest.raises(OptionError, match=f"^{('x', 'residual', 'weight', 'bias')[place]} has shape .* and no memory"):
+        function(*tensors)
+    assert not driver.launches and not failures._failures._reasons

@@ -23,7 +23,7 @@ from torch import Tensor
 import normkit_torch
 from normkit_torch import cpu, prepared
 
-from . import test_errors, test_errors_in_place, test_errors_out, test_out
+from . import stand_in, test_errors, test_errors_in_place, test_errors_out, test_out
 
 FRAMEWORK = test_errors.FRAMEWORKS["torch"]
 FUNCTIONS = (*test_errors.FUNCTIONS, *test_errors.IN_PLACE)
@@ -39,8 +39,7 @@ if not {v.name: v for v in normkit_torch.explain("rms_norm", torch.ones(2, 8))}[
 def _nothing_prepared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared.forget()
     if request.param == "in Python":
-        monkeypatch.setattr(cpu, "runner", lambda guarded: None)
-        monkeypatch.setattr(cpu, "backward_runner", lambda guarded: None)
+        monkeypatch.setattr(cpu, "prepare", stand_in.prepare)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ import normkit_torch
 from normkit import DtypeError
 from normkit.cpu import library
 from normkit.errors import LaunchError
+from normkit.prepared import in_python
 from normkit_torch import add_layer_norm, add_rms_norm, cpu, dispatch, gradient, layer_norm, prepared
 
 from .test_prepared import BF16, F16, F32, _nothing_prepared, assert_alike, chosen, rows
@@ -239,14 +240,11 @@ def test_threads_at_once() -> None:
 
 
 def test_a_launch_that_fails_is_chosen_anew(monkeypatch: pytest.MonkeyPatch, chosen: list[str]) -> None:
-    def bind(pointers: tuple[int, ...]) -> Callable[[], None]:
-        def launch() -> None:
-            raise LaunchError("no longer")
+    def start(addresses: tuple[int, ...]) -> None:
+        raise LaunchError("no longer")
 
-        return launch
-
-    monkeypatch.setattr(cpu, "backward_runner", lambda guarded: None)
-    monkeypatch.setattr(cpu, "backward_launcher", lambda *_: bind)
+    prepare = cpu.prepare
+    monkeypatch.setattr(cpu, "prepare", lambda known: in_python(known, start) if known.wanted else prepare(known))
     first = backward()
     assert chosen == ["cpu", "cpu"] and prepared._calls
     assert_alike(backward(), first)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,15 +19,17 @@ if "torch" not in installed():
 import torch
 from torch import Tensor
 
+from normkit import reference, registry
 from normkit.call import Arrays, Call
+from normkit.cpu import library
+from normkit.interface import Guarded
 from normkit_torch import add_rms_norm, add_rms_norm_, cpu, dispatch, guarded, prepared, rms_norm
+from normkit_torch.implementations import TABLE
 
+from . import stand_in
 from .test_prepared import rows
 
-WAYS: dict[str, Callable[[Any], Any]] = {
-    "compiled": cpu.runner,
-    "in Python": lambda known: guarded.in_python(known, cpu.launcher(known.problem, torch.device("cpu"))),
-}
+WAYS: dict[str, Callable[[Any], Any]] = {"compiled": cpu.prepare, "in Python": stand_in.prepare}
 EACH_WAY = pytest.mark.parametrize("way", WAYS)
 
 
@@ -35,7 +37,7 @@ def known_of(*tensors: Tensor | None) -> Any:
     """What is known of a call of add_rms_norm."""
     given: Any = (*tensors, *(None,) * (6 - len(tensors)))
     call = Call.of("add_rms_norm", given, (1e-6, 0.0, None, None, None, None))
-    return prepared._guarded(dispatch.problem_of(call, needs_grad=False), given)
+    return guarded.of_forward(dispatch.problem_of(call, needs_grad=False), given)
 
 
 @EACH_WAY
@@ -75,42 +77,9 @@ def test_errors_within_go_through(way: str, part: str) -> None:
             run(tensors)
 
 
-def test_the_launches_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are few for all calls together, and none is another call's."""
-    monkeypatch.setattr(guarded, "_MOST_BOUND", 4)
-    bound_to: list[tuple[str, int]] = []
-
-    def bind_of(name: str, pointers: tuple[int, ...]) -> Callable[[], None]:
-        bound_to.append((name, pointers[4]))
-        return lambda: None
-
-    prepared.forget()
-    x, outs = rows(3, 8), [rows(3, 8) for _ in range(5)]
-    others = x.clone(), x.clone()
-    runs = {
-        name: guarded.in_python(known_of(x, x.clone(), None, None, outs[0], x.clone()), partial(bind_of, name)) for name in "ab"
-    }
-
-    def run(name: str, *places: int) -> list[tuple[str, int]]:
-        bound_to.clear()
-        for place in places:
-            assert runs[name]((x, others[0], None, None, outs[place], others[1])) is not None
-        return bound_to
-
-    def at(name: str, *places: int) -> list[tuple[str, int]]:
-        return [(name, outs[place].data_ptr()) for place in places]
-
-    assert run("a", 0, 1, 2, 0, 1, 2) == at("a", 0, 1, 2)
-    assert run("b", 0, 0) == at("b", 0)
-    assert run("b", 4, 0) == at("b", 4, 0)
-    assert run("a", 0, 0) == at("a", 0)
-    prepared.forget()
-    assert run("a", 0) == at("a", 0)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_references_are_counted_right(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "runner", WAYS[way])
+    monkeypatch.setattr(cpu, "prepare", WAYS[way])
     prepared.forget()
     x, residual, weight = rows(3, 8), rows(3, 8), rows(8)
 
@@ -127,3 +96,53 @@ def test_references_are_counted_right(way: str, monkeypatch: pytest.MonkeyPatch)
         calls()
     changed = [sys.getrefcount(each) - count for each, count in zip(shared, before, strict=True)]
     assert max(map(abs, changed)) < 500
+
+
+def test_where_nothing_is_compiled_for_it_calls_go_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = library.loaded()._replace(prepare=None)
+    monkeypatch.setattr(library, "loaded", lambda: without)
+    prepared.forget()
+    tensors = rows(3, 8), rows(3, 8, seed=1), rows(8)
+    for _ in range(2):
+        for found, expected in zip(add_rms_norm(*tensors), add_rms_norm(*tensors, implementation="reference"), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert not prepared._calls
+
+
+class Module(ModuleType):
+    """An implementation with functions of its own, which may be named as an implementation's functions are elsewhere."""
+
+    def __init__(self, **functions: Any) -> None:
+        super().__init__("normkit_mine")
+        self.supports, self.forward, self.backward = reference.supports, reference.forward, reference.backward
+        vars(self).update(functions)
+
+
+@pytest.mark.parametrize("prepares", [False, True])
+def test_an_implementation_of_ones_own(prepares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(tensors: Arrays) -> Any:
+        return "y", None, None, None, None
+
+    known: list[Guarded] = []
+
+    def prepare(guarded: Guarded) -> Any:
+        known.append(guarded)
+        return run
+
+    names = ("compute", "runner", "launcher", "backward_runner", "backward_launcher")
+    helpers = {name: lambda rows, spec: None for name in names}
+    mine = Module(**helpers, **({"prepare": prepare} if prepares else {}))
+    name = f"normkit_mine_{prepares}"
+    monkeypatch.setitem(sys.modules, name, mine)
+    monkeypatch.setattr(dispatch, "TABLE", (registry.Implementation("mine", name), *TABLE))
+    prepared.forget()
+    x, weight = rows(3, 8), rows(8)
+    expected = rms_norm(x, weight, implementation="reference")
+    found = [rms_norm(x, weight, implementation="mine") for _ in range(3)]
+    assert torch.equal(found[0], expected)
+    if prepares:
+        assert found[1:] == ["y", "y"]
+        assert [(one.problem.shape, one.wanted, one.places) for one in known] == [((3, 8), None, (0, 2))]
+    else:
+        assert all(torch.equal(one, expected) for one in found)
+    prepared.forget()

@@ -33,9 +33,7 @@ class Library(NamedTuple):
 
     Attributes:
         forward: takes the bytes of a struct and returns 0.
-        quick_forward: the same, for which no other Python thread runs meanwhile: to let go of the interpreter takes its time.
         backward: as forward.
-        quick_backward: as quick_forward.
         prepare: see `normkit.cpu.prepared`; None where the functions of CPython that it calls are not there.
         levels: the levels of instructions there are.
         ffi_forward: forward as a handler of custom calls of XLA, whose address alone is of use.
@@ -44,9 +42,7 @@ class Library(NamedTuple):
     """
 
     forward: Callable[[bytes], int]
-    quick_forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
-    quick_backward: Callable[[bytes], int]
     prepare: Callable[..., Any] | None
     levels: tuple[int, ...]
     ffi_forward: Any
@@ -69,10 +65,7 @@ def load() -> Library | Missing:
         library = ctypes.CDLL(str(LIBRARY))
         holding_python = ctypes.PyDLL(str(LIBRARY))
         prepare = holding_python.normkit_prepare
-        functions = (
-            *(library.normkit_forward, holding_python.normkit_forward),
-            *(library.normkit_backward, holding_python.normkit_backward),
-        )
+        functions = library.normkit_forward, library.normkit_backward
         handlers = library.normkit_ffi_forward, library.normkit_ffi_backward, library.normkit_ffi_callback
         levels = library.normkit_levels()
         compiled_from = ctypes.CFUNCTYPE(ctypes.c_char_p)(("normkit_digest", library))()
@@ -153,30 +146,6 @@ def packed_forward(
         _CODES[problem.out_dtype], _CODES[problem.residual_out_dtype],
         spec.kind == "layer", _ROUNDINGS[spec.rounding], level, *openmp,
     )  # fmt: skip
-
-
-def launcher(
-    problem: Problem, threads: int, openmp: tuple[int, int] = OWN_THREADS, is_backward: bool = False
-) -> Callable[[tuple[int, ...]], Callable[[], None]]:
-    """Return what binds the kernels to contiguous arrays, by their pointers; see `packed_forward` and `packed_backward`."""
-    pointers = Struct(f"={10 if is_backward else 8}q")
-    rest, pack = packed_without_pointers(problem, threads, openmp, is_backward)[pointers.size :], pointers.pack
-    library, quick = loaded(), is_quick(problem)
-    if is_backward:
-        run = library.quick_backward if quick else library.backward
-    else:
-        run = library.quick_forward if quick else library.forward
-
-    def bind(pointers: tuple[int, ...]) -> Callable[[], None]:
-        packed = pack(*pointers) + rest
-
-        def launch() -> None:
-            if status := run(packed):
-                _check(status)
-
-        return launch
-
-    return bind
 
 
 def packed_without_pointers(

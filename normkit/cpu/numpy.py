@@ -14,7 +14,7 @@ from ..spec import Problem
 from . import library
 from .library import supports, threads
 
-__all__ = ["backward", "forward", "forward_", "forward_into", "supports"]
+__all__ = ["backward", "forward", "forward_into", "supports"]
 
 NumpyArray = np.ndarray[Any, Any]
 
@@ -32,11 +32,6 @@ def forward(
     )
     forward_into(problem, x, residual, weight, bias, out)
     return out
-
-
-def forward_(problem: Problem, x: NumpyArray, residual: NumpyArray, weight: NumpyArray | None, bias: NumpyArray | None) -> None:
-    """Write y into x and residual_out into residual."""
-    forward_into(problem, x, residual, weight, bias, Forward(x, residual, None, None))
 
 
 def forward_into(

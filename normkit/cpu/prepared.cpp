@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A call of PyTorch like one before, from its tensors to its results: what normkit_torch/guarded.py does, at less cost.
+// A call of PyTorch like one before, from its tensors to its results: what normkit/prepared.py does, at less cost.
 #include <cstring>
 #include <initializer_list>
 #include <new>
@@ -16,13 +16,13 @@ namespace {
 
 constexpr int GIVEN = 6, RESULTS = 4, POINTERS_AT_MOST = 10, PAIRS_AT_MOST = 9;
 
-// As normkit/cpu/prepared.py packs it, where the fields are explained.
+// As normkit/cpu/prepared.py packs it; normkit/interface.py explains the fields.
 struct Layout {
     int64_t backward;                                      // whether it is the backward pass
     int64_t present;                                       // bit n: whether tensor n is given
     int64_t results[RESULTS], pointers[POINTERS_AT_MOST];  // from 1 among the tensors given and those made, or 0
     int64_t written, releases;  // bit n: whether tensor n is counted as written; whether other threads may run
-    int64_t pairs;
+    int64_t pairs;  // of tensors given, numbered as above
     struct {
         int64_t one, size, other, other_size;
     } pair[PAIRS_AT_MOST];
@@ -47,24 +47,29 @@ void destroy(Object *capsule) {
     delete ready;
 }
 
+enum class Answer { YES, NO, ERROR };
+
+// What `run` returns instead of results.
+Object *instead(Answer answer) { return answer == Answer::NO ? none() : nullptr; }
+
 // The tensors of a call, and where they are; the first is none.
 struct Arrays {
     Object *array[1 + GIVEN + RESULTS] = {&_Py_NoneStruct};
     void *address[1 + GIVEN + RESULTS] = {};
     int count = 1;
 
-    bool add(const Prepared &ready, Object *tensor) {
+    // Whether the tensor has memory; to the kernels, address 0 is an array that there is not.
+    Answer add(const Prepared &ready, Object *tensor) {
         array[count] = tensor;
         Owned number(PyObject_Vectorcall(ready.address_of, &tensor, 1, nullptr));
         if (!number) {
-            return false;
+            return Answer::ERROR;
         }
-        address[count++] = PyLong_AsVoidPtr(number);
-        return !PyErr_Occurred();
+        void *found = PyLong_AsVoidPtr(number);
+        address[count++] = found;
+        return found ? Answer::YES : PyErr_Occurred() ? Answer::ERROR : Answer::NO;
     }
 };
-
-enum class Answer { YES, NO, ERROR };
 
 // Whether the tensors are like those of the call that was prepared. Those given are put together.
 Answer is_alike(const Prepared &ready, Object *tensors, Object **given, int &count) {
@@ -91,10 +96,10 @@ Answer is_alike(const Prepared &ready, Object *tensors, Object **given, int &cou
     return !alike ? Answer::ERROR : alike == &_Py_TrueStruct ? Answer::YES : Answer::NO;
 }
 
-bool overlap(const Layout &layout, void *const *pointers) {
+bool overlap(const Layout &layout, void *const *address) {
     for (int64_t index = 0; index < layout.pairs; ++index) {
         auto &pair = layout.pair[index];
-        auto one = static_cast<char *>(pointers[pair.one]), other = static_cast<char *>(pointers[pair.other]);
+        auto one = static_cast<char *>(address[pair.one]), other = static_cast<char *>(address[pair.other]);
         if (one < other + pair.other_size && other < one + pair.size) {
             return true;
         }
@@ -138,38 +143,33 @@ bool count_as_written(const Prepared &ready, Object *tensors) {
     return all && Owned(PyObject_Vectorcall(ready.count_as_written, &argument, 1, nullptr));
 }
 
-// The results and the problem; None if the tensors are not alike, or would be written to in two places.
+// The results and the problem; None if the tensors are not alike, have no memory, or would be written to in two places.
 Object *run(Object *self, Object *tensors) {
     const Prepared &ready = *static_cast<Prepared *>(PyCapsule_GetPointer(self, NAME));
     Object *given[GIVEN];
     int count = 0;
-    switch (is_alike(ready, tensors, given, count)) {
-    case Answer::NO:
-        return none();
-    case Answer::ERROR:
-        return nullptr;
-    case Answer::YES:
-        break;
-    }
+    Answer answer = is_alike(ready, tensors, given, count);
     Arrays arrays;
-    for (int index = 0; index < count; ++index) {
-        if (!arrays.add(ready, given[index])) {
-            return nullptr;
-        }
+    for (int index = 0; answer == Answer::YES && index < count; ++index) {
+        answer = arrays.add(ready, given[index]);
+    }
+    if (answer == Answer::YES && overlap(ready.layout, arrays.address)) {
+        answer = Answer::NO;
+    }
+    if (answer != Answer::YES) {
+        return instead(answer);
     }
     Owned made[RESULTS];
     for (int index = 0; index < PyTuple_Size(ready.make); ++index) {
         made[index] = Owned(PyObject_Vectorcall(PyTuple_GetItem(ready.make, index), nullptr, 0, nullptr));
-        if (!made[index] || !arrays.add(ready, made[index])) {
-            return nullptr;
+        answer = made[index] ? arrays.add(ready, made[index]) : Answer::ERROR;
+        if (answer != Answer::YES) {
+            return instead(answer);
         }
     }
     void *pointers[POINTERS_AT_MOST];
     for (int index = 0; index < POINTERS_AT_MOST; ++index) {
         pointers[index] = arrays.address[ready.layout.pointers[index]];
-    }
-    if (overlap(ready.layout, pointers)) {
-        return none();
     }
     if (compute(ready, pointers)) {
         PyErr_SetString(PyExc_MemoryError, "the CPU kernels could not allocate their scratch memory");

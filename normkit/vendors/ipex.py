@@ -12,10 +12,11 @@ from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
 from ..arrays import Array
-from ..interface import Forward, Rejected
+from ..interface import Forward, Guarded, Rejected, Run
 from ..spec import NormSpec, Problem
 from . import exchange, guards, rounding
 from .exchange import Given, Results
+from .prepared import on_tensors
 
 DISTRIBUTION = "intel-extension-for-pytorch"
 OPERATORS = ("rms_norm", "add_rms_norm", "add_layer_norm")
@@ -45,6 +46,11 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
 def forward_(problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:
     """Write residual_out into residual, which IPEX does itself, and y into x, from memory that IPEX takes for it."""
     exchange.forward_(compute, problem, x, residual, weight, bias)
+
+
+def prepare(guarded: Guarded) -> Run:
+    """Return what computes calls like one before."""
+    return on_tensors(guarded, compute)
 
 
 def compute(spec: NormSpec, given: Given, out: Results | None) -> Results:

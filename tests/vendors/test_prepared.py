@@ -72,6 +72,18 @@ def test_what_is_not_like_the_call_before_goes_the_long_way() -> None:
         norm("add_rms_norm_", memory[:5], memory[1:], weight)
 
 
+@pytest.mark.parametrize("times", [0, 1], ids=["cold", "prepared"])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "add_rms_norm_"])
+def test_memory_that_was_freed(name: str, times: int) -> None:
+    for _ in range(times):
+        norm(name, *operands(name, (5, 64), 0))
+    for place in range(2 + ("add" in name)):
+        tensors = [tensor.clone() for tensor in operands(name, (5, 64), 0)]
+        tensors[place].untyped_storage().resize_(0)
+        with pytest.raises(OptionError, match="and no memory"):
+            norm(name, *tensors)
+
+
 def test_it_is_the_vendors_operators_that_run() -> None:
     tensors = operands("add_rms_norm", (5, 64), 0)
     calls = []

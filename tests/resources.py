@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .plan import BackwardPlan, Step
-from .spec import Problem
+from normkit.plan import BackwardPlan, Step
+from normkit.spec import Problem
 
 # Shared memory of a multiprocessor, in bytes: the least of the compute capabilities from 8.0 on that have 64 Ki registers and
 # Triton kernels, of which a program costs 1 KiB itself; AMD's LDS of a compute unit.
@@ -19,10 +19,6 @@ def registers(step: Step, platform: str) -> int:
     Args:
         step: as planned.
         platform: "rocm" has lanes of 512 registers on each of four parts of a compute unit; others as NVIDIA has.
-
-    Example:
-        >>> registers(Step("forward_rows", (1,), {}, num_warps=8, programs=4), "cuda")
-        64
     """
     if platform == "rocm":
         waves = -(-step.programs * step.num_warps // 4)
@@ -42,11 +38,6 @@ def reads(step: Step, present: Mapping[str, object]) -> dict[str, int]:
     Args:
         step: as planned.
         present: the arrays that there are, by name; others are None or absent.
-
-    Example:
-        >>> twice = Step("backward_twice", (1,), {}, num_warps=16)
-        >>> reads(twice, dict.fromkeys(("dy", "h", "dx", "dresidual_out"), True))
-        {'dy': 2, 'h': 2, 'dresidual_out': 1}
     """
     dh = any(present.get(name) is not None for name in ("dx", "dresidual", "x_hat_g"))
     x_hat = dh or present.get("dweight") is not None
