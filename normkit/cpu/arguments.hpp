@@ -59,7 +59,7 @@ static inline bool is_split(const Backward &call) {
 // What a call needs besides, from the thread that calls: memory for every worker, and parameters in float32.
 struct Scratch {
     float *rows;              // rows_per_worker for each worker
-    int64_t rows_per_worker;  // a batch, two more, and if results are streamed two batches of those; backward, three batches
+    int64_t rows_per_worker;  // a batch and two more; backward, three batches
     int64_t batch;            // rows that are computed together
     bool streams;             // whether results are written past the caches
     int64_t padded;           // hidden up to a whole number of blocks: the stride of all these rows
@@ -93,6 +93,9 @@ struct Level {
     // The partial sums of the columns from first to last, as dtype; the first part's are lost.
     void (*total)(float *partial, int64_t parts, int64_t padded, int64_t first, int64_t last, bool split, int64_t dtype, void *out);
 };
+
+// Bytes to which results that are written past the caches are aligned.
+constexpr int64_t STREAMED_AT = 16;
 
 constexpr int64_t MOST_IN_BATCH = 16;
 

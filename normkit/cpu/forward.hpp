@@ -28,9 +28,9 @@ struct Batch {
     Statistics statistics[MOST_IN_BATCH];
 };
 
-// h = x + residual into residual_out, and in float32 into `wide`, where neither x nor residual_out is that. The totals are the sums
-// of h, or of its squares.
-template <class X, class Residual, class Out, bool STORED, bool SUBTRACT_MEAN>
+// h = x + residual into residual_out, and in float32 into `wide`, where neither x nor residual_out is that, or residual_out is
+// streamed. The totals are the sums of h, or of its squares.
+template <class X, class Residual, class Out, bool STORED, bool SUBTRACT_MEAN, bool STREAMS>
 void add(Batch &batch) {
     const int64_t count = batch.count, length = batch.length;
     for (int64_t row = 0; row < count; ++row) {
@@ -45,12 +45,13 @@ void add(Batch &batch) {
                 h = h + load<Residual>(residual + start, pair, at);
             }
             if constexpr (!same<Out, Nothing>) {
-                Pair written = store<Out>(h, out + start, pair, at);
+                Pair written = store<Out>(h, out + start, pair, at.template past_caches<STREAMS>());
                 if constexpr (STORED) {
                     h = written;
                 }
             }
-            if constexpr (!same<Out, Float32> && !(same<X, Float32> && same<Residual, Nothing> && same<Out, Nothing>)) {
+            constexpr bool OUT_IS_H = same<Out, Float32> && !STREAMS;
+            if constexpr (!OUT_IS_H && !(same<X, Float32> && same<Residual, Nothing> && same<Out, Nothing>)) {
                 store<Wide>(h, wide + start, pair, at);
             }
             sums->terms[pair] = sums->terms[pair] + (SUBTRACT_MEAN ? h : h * h);
@@ -85,20 +86,9 @@ void sum_of_squares(Batch &batch) {
     }
 }
 
-template <bool CONDITION, class Yes, class No>
-struct Chosen {
-    typedef Yes Type;
-};
-template <class Yes, class No>
-struct Chosen<false, Yes, No> {
-    typedef No Type;
-};
-template <bool CONDITION, class Yes, class No>
-using Choice = typename Chosen<CONDITION, Yes, No>::Type;
-
 // y = x_hat weight + bias, with x_hat rounded to Hat, in the order that is best for memory: rows of 16 bits that come next are fetched
 // meanwhile; rows of float32 are taken from their ends.
-template <class Y, class Hat, class Parameter, bool MEAN, bool WEIGHT, bool BIAS>
+template <class Y, class Hat, class Parameter, bool STREAMS, bool MEAN, bool WEIGHT, bool BIAS>
 void normalise(Batch &batch) {
     typedef Choice<same<Y, Split>, Wide, Float32> H;
     const int64_t count = batch.count, length = batch.length;
@@ -128,7 +118,7 @@ void normalise(Batch &batch) {
             if constexpr (BIAS) {
                 value = value + load<Parameter>(bias + start, pair, at);
             }
-            store<Y>(value, y + start, pair, at);
+            store<Y>(value, y + start, pair, at.template past_caches<STREAMS>());
         };
         sizeof *y == 2 ? by_pairs(length, element) : by_pairs_from_end(length, element);
     }
@@ -173,42 +163,43 @@ void widen(const void *values, int64_t dtype, bool split, int64_t count, double 
     dtype == BFLOAT16 && split ? widen_as(Split{}) : with_dtype(dtype, widen_as);
 }
 
-template <class X, class Residual, class Out>
+template <bool STREAMS, class X, class Residual, class Out>
 Compute add_of(bool stored, bool subtract_mean) {
     if constexpr (!same<Out, Nothing> && !same<Out, Float32>) {
         if (stored) {
-            return subtract_mean ? add<X, Residual, Out, true, true> : add<X, Residual, Out, true, false>;
+            return subtract_mean ? add<X, Residual, Out, true, true, STREAMS> : add<X, Residual, Out, true, false, STREAMS>;
         }
     }
-    return subtract_mean ? add<X, Residual, Out, false, true> : add<X, Residual, Out, false, false>;
+    return subtract_mean ? add<X, Residual, Out, false, true, STREAMS> : add<X, Residual, Out, false, false, STREAMS>;
 }
 
 // Null for a combination of dtypes that is rare: it is computed from x and residual in float32.
+template <bool STREAMS>
 Compute add_for(const Forward &call) {
     bool stored = call.rounding != SUM, mean = call.subtract_mean;
     if (is_split(call)) {
-        return call.residual       ? add_of<Split, Split, Split>(stored, mean)
-               : call.residual_out ? add_of<Split, Nothing, Split>(stored, mean)
-                                   : add_of<Split, Nothing, Nothing>(stored, mean);
+        return call.residual       ? add_of<STREAMS, Split, Split, Split>(stored, mean)
+               : call.residual_out ? add_of<STREAMS, Split, Nothing, Split>(stored, mean)
+                                   : add_of<false, Split, Nothing, Nothing>(stored, mean);
     }
     return with_dtype(call.x_dtype, [&](auto x) -> Compute {
         typedef decltype(x) X;
         if (!call.residual_out) {
-            return add_of<X, Nothing, Nothing>(stored, mean);
+            return add_of<false, X, Nothing, Nothing>(stored, mean);
         }
         return with_dtype(call.residual_out_dtype, [&](auto out) -> Compute {
             typedef decltype(out) Out;
             if constexpr (same<X, Float32> || same<Out, Float32>) {
                 if (!call.residual) {
-                    return add_of<X, Nothing, Out>(stored, mean);
+                    return add_of<STREAMS, X, Nothing, Out>(stored, mean);
                 }
                 if (call.residual_dtype == FLOAT32) {
-                    return add_of<X, Float32, Out>(stored, mean);
+                    return add_of<STREAMS, X, Float32, Out>(stored, mean);
                 }
             }
             if constexpr (same<X, Out> && !same<X, Float32>) {
                 if (call.residual && call.residual_dtype == call.x_dtype) {
-                    return add_of<X, X, X>(stored, mean);
+                    return add_of<STREAMS, X, X, X>(stored, mean);
                 }
             }
             return nullptr;
@@ -216,27 +207,30 @@ Compute add_for(const Forward &call) {
     });
 }
 
-template <class Y, class Hat, class Parameter, bool MEAN>
+template <class Y, class Hat, class Parameter, bool STREAMS, bool MEAN>
 Compute normalise_with(bool weight, bool bias) {
-    return !weight ? normalise<Y, Hat, Parameter, MEAN, false, false>
-           : bias  ? normalise<Y, Hat, Parameter, MEAN, true, true>
-                   : normalise<Y, Hat, Parameter, MEAN, true, false>;
+    return !weight ? normalise<Y, Hat, Parameter, STREAMS, MEAN, false, false>
+           : bias  ? normalise<Y, Hat, Parameter, STREAMS, MEAN, true, true>
+                   : normalise<Y, Hat, Parameter, STREAMS, MEAN, true, false>;
 }
 
-template <class Y, class Hat, class Parameter>
+template <class Y, class Hat, class Parameter, bool STREAMS>
 Compute normalise_of(bool mean, bool weight, bool bias) {
-    return mean ? normalise_with<Y, Hat, Parameter, true>(weight, bias) : normalise_with<Y, Hat, Parameter, false>(weight, bias);
+    return mean ? normalise_with<Y, Hat, Parameter, STREAMS, true>(weight, bias)
+                : normalise_with<Y, Hat, Parameter, STREAMS, false>(weight, bias);
 }
 
+template <bool STREAMS>
 Compute normalise_for(const Forward &call, bool wide_parameters, bool weight, bool bias) {
     const bool mean = call.subtract_mean;
     int64_t hat_dtype = call.rounding == HF ? call.x_dtype : FLOAT32;
     if (is_split(call)) {
         if (hat_dtype == FLOAT32) {
-            return wide_parameters ? normalise_of<Split, Float32, Wide>(mean, weight, bias)
-                                   : normalise_of<Split, Float32, Split>(mean, weight, bias);
+            return wide_parameters ? normalise_of<Split, Float32, Wide, STREAMS>(mean, weight, bias)
+                                   : normalise_of<Split, Float32, Split, STREAMS>(mean, weight, bias);
         }
-        return wide_parameters ? normalise_of<Split, Split, Wide>(mean, weight, bias) : normalise_of<Split, Split, Split>(mean, weight, bias);
+        return wide_parameters ? normalise_of<Split, Split, Wide, STREAMS>(mean, weight, bias)
+                               : normalise_of<Split, Split, Split, STREAMS>(mean, weight, bias);
     }
     return with_dtype(call.y_dtype, [&](auto y) {
         typedef decltype(y) Y;
@@ -244,10 +238,10 @@ Compute normalise_for(const Forward &call, bool wide_parameters, bool weight, bo
             typedef decltype(hat) Hat;
             if constexpr (same<Hat, Float32> || same<Hat, Y>) {
                 if (!wide_parameters) {
-                    return normalise_of<Y, Hat, Y>(mean, weight, bias);
+                    return normalise_of<Y, Hat, Y, STREAMS>(mean, weight, bias);
                 }
             }
-            return normalise_of<Y, Hat, Float32>(mean, weight, bias);
+            return normalise_of<Y, Hat, Float32, STREAMS>(mean, weight, bias);
         });
     });
 }

@@ -11,12 +11,15 @@ class ForwardRows {
     ForwardRows(const Forward &given, const Scratch &given_scratch)
         : call(given), scratch(given_scratch), split(is_split(given)),
           weight(given_scratch.weight ? given_scratch.weight : given.weight),
-          bias(given_scratch.bias ? given_scratch.bias : given.bias), add_rows(add_for(given)),
-          normalise_rows(normalise_for(given, given_scratch.weight || given_scratch.bias, weight, bias)) {
+          bias(given_scratch.bias ? given_scratch.bias : given.bias),
+          // statistics of the rounded residual_out are computed from what was written
+          streams_out(given_scratch.streams && !statistics_of_rounded(given)),
+          add_rows(streams_out ? add_for<true>(given) : add_for<false>(given)),
+          normalise_rows(given_scratch.streams ? normaliser<true>() : normaliser<false>()) {
         if (!add_rows) {
             Forward wide = given;
             wide.x_dtype = wide.residual_dtype = FLOAT32;
-            add_rows = add_for(wide);
+            add_rows = streams_out ? add_for<true>(wide) : add_for<false>(wide);
             widens = true;
         }
     }
@@ -43,23 +46,13 @@ class ForwardRows {
         batch.y = lines(call.y, call.y_rows, call.y_dtype);
         batch.wide = Lines{scratch.row(worker, 0) + slice.first, scratch.padded};
         bool x_is_h = !call.residual_out && call.x_dtype == FLOAT32;
-        bool out_is_h = call.residual_out && call.residual_out_dtype == FLOAT32;
+        bool out_is_h = call.residual_out && call.residual_out_dtype == FLOAT32 && !streams_out;
         batch.h = x_is_h ? batch.x : out_is_h ? batch.residual_out : batch.wide;
         batch.weight = from(weight, slice.first, scratch.weight ? FLOAT32 : call.weight_dtype);
         batch.bias = from(bias, slice.first, scratch.bias ? FLOAT32 : call.bias_dtype);
         for (Statistics &statistics : batch.statistics) {
             statistics = slice.statistics;
         }
-    }
-
-    // Let results be computed in memory of our own.
-    void redirect(Batch &batch, int64_t worker) const {
-        const bool out_is_h = batch.h.first == batch.residual_out.first;
-        batch.y = Lines{scratch.row(worker, scratch.batch + 2), scratch.padded};
-        if (call.residual_out) {
-            batch.residual_out = Lines{scratch.row(worker, 2 * scratch.batch + 2), scratch.padded};
-        }
-        batch.h = out_is_h ? batch.residual_out : batch.h;
     }
 
     // The sums of h, or without a mean of its squares; `spare` are two rows of memory.
@@ -87,10 +80,16 @@ class ForwardRows {
     }
 
   private:
+    template <bool STREAMS>
+    Compute normaliser() const {
+        return normalise_for<STREAMS>(call, scratch.weight || scratch.bias, weight, bias);
+    }
+
     const Forward &call;
     const Scratch &scratch;
     const bool split;
     const void *const weight, *const bias;
+    const bool streams_out;
     Compute add_rows;
     const Compute normalise_rows;
     bool widens = false;
@@ -108,23 +107,12 @@ void set_rstd(Batch &batch, const Forward &call) {
     }
 }
 
-void stream_lines(Lines lines, Lines results, const Batch &batch, int64_t dtype) {
-    for (int64_t row = 0; results.first && row < batch.count; ++row) {
-        auto result = from(results.first, row * results.step, dtype);
-        stream(from(lines.first, row * lines.step, dtype), const_cast<void *>(result), batch.length * size_of(dtype));
-    }
-}
-
 void forward_rows(const Forward &call, const Scratch &scratch, int64_t first, int64_t last, int64_t worker) {
     const ForwardRows rows(call, scratch);
     const Slice whole{Pass::ADD, first, 0, call.hidden, {}};
     Batch batch;
     for (; first < last; first += batch.count) {
         rows.begin(batch, first, last, whole, worker);
-        const Lines y = batch.y, residual_out = batch.residual_out;
-        if (scratch.streams) {
-            rows.redirect(batch, worker);
-        }
         rows.add(batch, scratch.row(worker, scratch.batch));
         if (call.subtract_mean) {
             set_mean(batch, call);
@@ -142,10 +130,6 @@ void forward_rows(const Forward &call, const Scratch &scratch, int64_t first, in
         }
         for (int64_t row = 0; row < batch.count; ++row) {
             keep(call, first + row, batch.statistics[row]);
-        }
-        if (scratch.streams) {
-            stream_lines(batch.y, y, batch, call.y_dtype);
-            stream_lines(batch.residual_out, residual_out, batch, call.residual_out_dtype);
         }
     }
     if (scratch.streams) {

@@ -106,12 +106,19 @@ int64_t together(int64_t padded) {
     return padded * MOST_TOGETHER < TOGETHER ? MOST_TOGETHER : at_least(1, TOGETHER / padded);
 }
 
+bool streamable(const void *array, Rows rows, int64_t dtype) {
+    int64_t bits = reinterpret_cast<intptr_t>(array) | (rows.outer * size_of(dtype)) | (rows.inner * size_of(dtype));
+    return !array || bits % STREAMED_AT == 0;
+}
+
 bool streams(const Forward &call) {
 #if !defined(NORMKIT_X86)
     return false;  // there, vectors.hpp has no such instructions
 #endif
     int64_t bytes = size_of(call.y_dtype) + (call.residual_out ? size_of(call.residual_out_dtype) : 0);
-    return call.y != call.x && call.residual_out != call.residual && call.rows * call.hidden * bytes >= STREAMED;
+    return call.y != call.x && call.residual_out != call.residual && call.rows * call.hidden * bytes >= STREAMED &&
+           streamable(call.y, call.y_rows, call.y_dtype) &&
+           streamable(call.residual_out, call.residual_out_rows, call.residual_out_dtype);
 }
 
 void fill_with_ones(float *row, int64_t count) {
@@ -261,7 +268,7 @@ EXPORTED int normkit_forward(const Forward *arguments) {
     scratch.padded = padded(call.hidden);
     scratch.batch = shared ? 1 : batch_of(scratch.padded);
     scratch.streams = !shared && streams(call);
-    scratch.rows_per_worker = (scratch.streams ? 3 : 1) * scratch.batch + 2;
+    scratch.rows_per_worker = scratch.batch + 2;
     int64_t floats = (workers * scratch.rows_per_worker + 2) * scratch.padded;
     scratch.rows = memory.floats(floats + 2 * ceil_divide(call.hidden, SUM_LENGTH));
     if (!scratch.rows) {

@@ -132,17 +132,36 @@ struct Nothing {
     typedef char Memory;
 };
 
+template <bool CONDITION, class Yes, class No>
+struct Chosen {
+    typedef Yes Type;
+};
+template <class Yes, class No>
+struct Chosen<false, Yes, No> {
+    typedef No Type;
+};
+template <bool CONDITION, class Yes, class No>
+using Choice = typename Chosen<CONDITION, Yes, No>::Type;
+
 template <class A, class B>
 constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
-// A whole block, or the first `count` elements of one.
+// A whole block, one to be written past the caches, or the first `count` elements of one.
+struct Streamed {};
 struct Whole {
-    static constexpr int64_t elements(int64_t, int64_t length) { return length; }
+    template <bool STREAMS>
+    ALWAYS Choice<STREAMS, Streamed, Whole> past_caches() const {
+        return {};
+    }
 };
 struct Part {
     int64_t count;
+    template <bool STREAMS>
+    ALWAYS Part past_caches() const {
+        return *this;
+    }
     // Of `length` elements after the first `start` of the block, those that the row has.
     ALWAYS int64_t elements(int64_t start, int64_t length) const {
         int64_t left = count - start;
@@ -181,9 +200,36 @@ ALWAYS Packed read(const Memory *row, int64_t start, int64_t length, At at) {
     }
     return packed;
 }
+
+// Memory past the caches is aligned to STREAMED_AT bytes, and `end_of_streams` must follow.
+template <class Packed>
+ALWAYS void stream(Packed packed, void *memory) {
+#if defined(__SSE2__)
+    if constexpr (sizeof packed % STREAMED_AT == 0) {
+        __m128i parts[sizeof packed / STREAMED_AT];
+        std::memcpy(parts, &packed, sizeof packed);
+#pragma GCC unroll 4
+        for (size_t part = 0; part < sizeof packed / STREAMED_AT; ++part) {
+            _mm_stream_si128(static_cast<__m128i *>(memory) + part, parts[part]);
+        }
+        return;
+    }
+#endif
+    std::memcpy(memory, &packed, sizeof packed);
+}
+
+// What was streamed is seen by other threads only then.
+ALWAYS void end_of_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 template <class Packed, class Memory, class At>
 ALWAYS void write(Packed packed, Memory *row, int64_t start, int64_t length, At at) {
-    if constexpr (same<At, Whole>) {
+    if constexpr (same<At, Streamed>) {
+        stream(packed, row + start);
+    } else if constexpr (same<At, Whole>) {
         std::memcpy(row + start, &packed, sizeof packed);
     } else if (int64_t count = at.elements(start, length)) {
         std::memcpy(row + start, &packed, count * sizeof *row);
@@ -272,31 +318,6 @@ ALWAYS Pair kept(Pair values, int pair, At at) {
         }
     }
     return values;
-}
-
-// Copy to memory past the caches, where the instructions for that exist; `end_of_streams` must follow.
-void stream(const void *values, void *memory, int64_t bytes) {
-    auto from = static_cast<const char *>(values);
-    auto to = static_cast<char *>(memory);
-#if defined(__SSE2__)
-    int64_t before = -reinterpret_cast<intptr_t>(to) & (CACHE_LINE - 1);
-    before = before < bytes ? before : bytes;
-    std::memcpy(to, from, before);
-    for (from += before, to += before, bytes -= before; bytes >= CACHE_LINE; from += CACHE_LINE, to += CACHE_LINE, bytes -= CACHE_LINE) {
-#pragma GCC unroll 4
-        for (int64_t start = 0; start < CACHE_LINE; start += 16) {
-            _mm_stream_si128(reinterpret_cast<__m128i *>(to + start), _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + start)));
-        }
-    }
-#endif
-    std::memcpy(to, from, bytes);
-}
-
-// What was streamed is seen by other threads only then.
-ALWAYS void end_of_streams() {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
 }
 
 }  // namespace
