@@ -62,7 +62,7 @@ class Step:
         grid: number of programs along each axis.
         constants: its tl.constexpr arguments.
         num_warps: warps per program.
-        programs: how many programs are to share a multiprocessor; `normkit.resources` says what each may then use.
+        programs: how many programs are to share a multiprocessor; `tests/resources.py` says what each may then use.
     """
 
     kernel: str

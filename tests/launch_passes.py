@@ -51,7 +51,10 @@ class Pass:
         self.dy, self.dresidual_out = change(rows(count, hidden=hidden)), rows(count, hidden=hidden, dtype=dtypes[1])
         before = len(driver.launches)
         asked = [leaf for leaf in self.leaves if leaf.requires_grad]
-        self.gradients = torch.autograd.grad(self.results, asked, (self.dy, self.dresidual_out))
+        given_back = list(zip(self.results, (self.dy, self.dresidual_out), strict=True))
+        if not self.results[1].requires_grad:  # neither x nor the residual asks
+            del given_back[1]
+        self.gradients = torch.autograd.grad([result for result, _ in given_back], asked, [dt for _, dt in given_back])
         self.launches = driver.launches[before:]
 
     def assert_told(self) -> None:
