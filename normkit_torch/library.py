@@ -23,7 +23,7 @@ from normkit.errors import OptionError
 from normkit.interface import Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
-from . import device, dispatch, prepared
+from . import dispatch, prepared
 
 LIBRARY = torch.library.Library("normkit", "DEF")
 
@@ -84,10 +84,17 @@ def there(results: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 @lru_cache(1024, typed=True)
-def known(function: str, eps: float, weight_offset: float, needs_grad: bool) -> tuple[Any, ...]:
-    """Return what the calls of an operator are prepared by."""
+def known(function: str, eps: float, weight_offset: float, needs_grad: bool, *more: bool) -> prepared.Known:
+    """Return what the calls of an operator are prepared by; `more` is what the guard sees too little of."""
     name, *options = _values(function, _OPTIONS)
-    return prepared.known(name, (eps, weight_offset, *options), needs_grad)
+    return prepared.known((name, *more) if more else name, (eps, weight_offset, *options), needs_grad)
+
+
+def known_in_place(x: Tensor, residual: Tensor, function: str, eps: float, weight_offset: float) -> prepared.Known:
+    """Return what the calls of the operator in place are prepared by."""
+    # what decides on what may be written to, and which the guard of a prepared call does not see below autograd
+    inference = torch.is_inference_mode_enabled(), x.is_inference(), residual.is_inference()
+    return known(function, eps, weight_offset, False, *inference)
 
 
 def _computed(arguments: tuple[Any, ...], needs_grad: bool) -> Any:
@@ -115,11 +122,9 @@ def _new(like: Tensor, shape: Any, dtype: str | None) -> Tensor | None:
 def _norm_in_place(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, function: str, *numbers: float
 ) -> None:
-    name, *options = _values(function, _OPTIONS)
-    # what decides on what may be written to, and which the guard of a prepared call does not see below autograd
-    known_as = name, torch.is_inference_mode_enabled(), x.is_inference(), residual.is_inference()
-    if not prepared.forward(known_as, (x, residual, weight, bias, None, None), (*numbers, *options)):
-        dispatch.forward_(call_of(x, residual, weight, bias, function, *numbers), known_as)
+    known_as = known_in_place(x, residual, function, *numbers)
+    if not prepared.again(known_as, (x, residual, weight, bias, None, None)):
+        dispatch.forward_(call_of(x, residual, weight, bias, function, *numbers), known_as[0])
 
 
 def _norm_in_place_fake(*arguments: Any) -> None:
@@ -168,24 +173,27 @@ def _described(
     )
 
 
-def _gradients(
-    dy: Tensor,
-    dresidual_out: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    kind: str,
-    eps: float,
-    weight_offset: float,
-    wanted: list[bool],
-) -> Gradients:
-    known_as = kind, eps, weight_offset, h.shape, *wanted
-    made = prepared.backward(known_as, (dy, dresidual_out, h, weight, mean, rstd))
-    if made is not None:  # by operand: one dh may be there twice
-        return Gradients(*[gradient if asked else None for gradient, asked in zip(made, wanted, strict=False)])
-    platform, arch = device.platform_of(h.device)
-    problem = gradient_problem(dy, h, weight, kind, eps, weight_offset, platform=platform, arch=arch)
+def known_gradients(h: Tensor, kind: str, eps: float, weight_offset: float, wanted: list[bool]) -> prepared.Known:
+    """Return what the calls of the operators for gradients are prepared by."""
+    return kind, eps, weight_offset, h.shape, *wanted
+
+
+def gradients_again(known_as: prepared.Known, tensors: Any, wanted: list[bool]) -> Gradients | None:
+    """Compute gradients if such were prepared, of dy, dresidual_out, h, weight, mean and rstd; None if not."""
+    made = prepared.backward(known_as, tensors)
+    if made is None:
+        return None
+    # by operand: one dh may be there twice
+    return Gradients(*[gradient if asked else None for gradient, asked in zip(made, wanted, strict=False)])
+
+
+def _gradients(*arguments: Any) -> Gradients:
+    dy, dresidual_out, h, weight, mean, rstd, kind, eps, weight_offset, wanted = arguments
+    known_as = known_gradients(h, kind, eps, weight_offset, wanted)
+    made = gradients_again(known_as, arguments[:6], wanted)
+    if made is not None:
+        return made
+    problem = gradient_problem(dy, h, weight, kind, eps, weight_offset)
     implementation = _values(kind, _FACTS)[-1]
     return dispatch.backward(problem, Wanted(*wanted), dy, dresidual_out, h, weight, mean, rstd, implementation, known_as)
 
