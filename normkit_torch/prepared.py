@@ -46,7 +46,7 @@ Known = tuple[object, ...]
 True and Decimal(1) are one key and not all of them are right, and whether statistics are wanted."""
 
 # by what they are known as, and forward passes also by what is quick to look at in their tensors
-_calls: dict[tuple[object, ...], list[Prepared]] = {}
+_calls: dict[tuple[object, ...], tuple[Prepared, ...]] = {}
 # the last one that was used, of those that are known as the same
 _latest: dict[Known, Prepared] = {}
 
@@ -178,9 +178,7 @@ def _prepared(kernels: Kernels, guarded_of: Callable[..., Guarded | None], *fact
 def _keep(key: tuple[object, ...], ready: Prepared) -> None:
     if len(_calls) >= _MOST:
         forget()
-    alike = _calls.setdefault(key, [])
-    alike.insert(0, ready)
-    del alike[_MOST_ALIKE:]
+    _calls[key] = (ready, *_calls.get(key, ())[: _MOST_ALIKE - 1])
 
 
 def forget() -> None:

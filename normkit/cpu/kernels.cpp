@@ -56,7 +56,7 @@ const Level *best(int64_t last) {
     return level_at(0);
 }
 
-// Rows of float32 alone wait for memory rather than for arithmetic, and are faster in AVX2's shorter vectors.
+// Where x and y are float32, rows wait for memory rather than for arithmetic, and are faster in AVX2's shorter vectors.
 const Level *chosen(int64_t asked, bool float32) {
     static const Level *const fastest = best(LEVELS - 1), *const fastest_float32 = best(1);
     return asked >= 0 ? level_at(asked) : float32 ? fastest_float32 : fastest;
