@@ -23,7 +23,7 @@ from normkit.errors import OptionError
 from normkit.interface import Gradients, Wanted
 from normkit.spec import NormSpec, Problem
 
-from . import dispatch, prepared
+from . import device, dispatch, prepared
 
 LIBRARY = torch.library.Library("normkit", "DEF")
 
@@ -193,7 +193,8 @@ def _gradients(*arguments: Any) -> Gradients:
     made = gradients_again(known_as, arguments[:6], wanted)
     if made is not None:
         return made
-    problem = gradient_problem(dy, h, weight, kind, eps, weight_offset)
+    platform, arch = device.platform_of(h.device)  # as it would be described anew otherwise
+    problem = gradient_problem(dy, h, weight, kind, eps, weight_offset, platform=platform, arch=arch)
     implementation = _values(kind, _FACTS)[-1]
     return dispatch.backward(problem, Wanted(*wanted), dy, dresidual_out, h, weight, mean, rstd, implementation, known_as)
 
