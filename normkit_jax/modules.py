@@ -20,7 +20,13 @@ from .dispatch import ArrayLike
 from .functional import add_layer_norm, add_rms_norm
 
 
-class RMSModule:
+class _Module:
+    @classmethod
+    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
+        return cls(**parameters, **options)
+
+
+class RMSModule(_Module):
     """What FastRMSNorm is in every library: parameter and options of these names, loaded and called in one way."""
 
     weight: Any
@@ -56,10 +62,6 @@ class RMSModule:
         options = {"eps": eps, "weight_offset": weight_offset, "rounding": rounding, "implementation": implementation}
         return cls._of(_loaded(prefix, weights, "weight"), options)
 
-    @classmethod
-    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
-        return cls(**parameters, **options)
-
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
         return add_rms_norm(
@@ -73,7 +75,7 @@ class RMSModule:
         )
 
 
-class LayerModule:
+class LayerModule(_Module):
     """What FastLayerNorm is in every library: parameters and options of these names, loaded and called in one way."""
 
     weight: Any
@@ -109,10 +111,6 @@ class LayerModule:
         """Load `{prefix}.weight`, without a bias. Arguments as in `FastRMSNorm.load`, without weight_offset."""
         options = {"eps": eps, "rounding": rounding, "implementation": implementation}
         return cls._of(_loaded(prefix, weights, "weight"), options)
-
-    @classmethod
-    def _of(cls, parameters: dict[str, Array], options: dict[str, Any]) -> Self:
-        return cls(**parameters, **options)
 
     def __call__(self, hidden_states: ArrayLike, residual: ArrayLike | None = None) -> tuple[Array, Array]:
         """Return (normed, residual): residual is hidden_states + residual, or hidden_states itself if None was given."""
