@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is left to do in a call like one before, for any implementation: guard, addresses, memory of results, launch.
 
-normkit/cpu/prepared.cpp does the same for the `cpu` implementation, in a third of the time.
+normkit/cpu/prepared.cpp does the same for the `cpu` implementation.
 """
 
 from __future__ import annotations
