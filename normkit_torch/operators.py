@@ -17,7 +17,7 @@ from normkit.spec import NormSpec
 from . import dispatch, gradient, shortcut, transforms
 from .guarded import Results
 from .implementations import TABLE
-from .library import LIBRARY, arguments_of, call_of, filled, gradient_problem, hands_on, there
+from .library import FORWARD, LIBRARY, arguments_of, call_of, filled, gradient_problem, hands_on, there
 from .memory import check_writes
 
 _HAVE_MEMORY = (Tensor, torch.nn.Parameter)
@@ -72,15 +72,11 @@ def _past_autograd(keyset: Any, operator: Any, *arguments: Any) -> Any:
     return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
-def _needs_grad(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-
-
 def _followed(keyset: Any, arguments: tuple[Any, ...]) -> Forward | Results | None:
     """Return the results of a forward pass that autograd or a transform follows, None if neither does."""
     if transforms.active():
         return transforms.forward(call_of(*arguments))
-    if not _needs_grad(arguments):
+    if not transforms.needs_grad(*arguments):
         return None
     call = call_of(*arguments)
     y, *rest = _below(keyset, torch.ops.normkit.norm_and_statistics.default, *arguments)
@@ -99,19 +95,19 @@ def _norm(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
     return filled(arguments[0], (_below(keyset, torch.ops.normkit.norm_alone.default, *arguments), None))
 
 
-def _like_norm(name: str, results: Callable[[Any], Any]) -> Callable[..., Any]:
+def _like_norm(name: str) -> Callable[..., Any]:
     """Return the same for what calls of `norm` become: a graph may run where more is asked than when it was traced."""
-    operator = getattr(torch.ops.normkit, name).default
+    operator, (_, results, _) = getattr(torch.ops.normkit, name).default, FORWARD[name]
 
     def followed(keyset: Any, *arguments: Any) -> Any:
         made = _followed(keyset, arguments)
-        return _past_autograd(keyset, operator, *arguments) if made is None else results(made)
+        return _past_autograd(keyset, operator, *arguments) if made is None else results(arguments[0], made)
 
     return followed
 
 
 def _norm_(keyset: Any, *arguments: Any) -> None:
-    if _needs_grad(arguments):
+    if transforms.needs_grad(*arguments):
         raise transforms.gradient_lost(call_of(*arguments))
     if transforms.active():
         transforms.forward(call_of(*arguments))  # which refuses it
@@ -129,7 +125,7 @@ def _norm_gradients(keyset: Any, *arguments: Any) -> Any:
 
 def _followed_gradients(keyset: Any, arguments: tuple[Any, ...]) -> Gradients | None:
     transformed = transforms.active()
-    if not (transformed or _needs_grad(arguments)):
+    if not (transformed or transforms.needs_grad(*arguments)):
         return None
     dy, dresidual_out, h, weight, _, _, *spec, asked = arguments
     rows, wanted, problem = (dy, dresidual_out, h, weight), Wanted(*asked), gradient_problem(dy, h, weight, *spec)
@@ -146,9 +142,9 @@ def _gradients_below(keyset: Any, arguments: tuple[Any, ...]) -> Gradients:
 
 for _name, _differentiable in (
     ("norm", _norm),
-    ("norm_alone", _like_norm("norm_alone", lambda made: made[0])),
-    ("norm_and_residual", _like_norm("norm_and_residual", lambda made: made[:2])),
-    ("norm_and_statistics", _like_norm("norm_and_statistics", lambda made: there(made[:4]))),
+    ("norm_alone", _like_norm("norm_alone")),
+    ("norm_and_residual", _like_norm("norm_and_residual")),
+    ("norm_and_statistics", _like_norm("norm_and_statistics")),
     ("norm_", _norm_),
     ("norm_backward", _norm_backward),
     ("norm_gradients", _norm_gradients),
